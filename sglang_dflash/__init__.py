@@ -1,0 +1,1 @@
+"""Lattice-tree DFLASH speculative decoding for SGLang. SGLang finds this package by its entry points."""
