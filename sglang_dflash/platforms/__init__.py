@@ -1,0 +1,1 @@
+"""Hardware platforms this package adds to SGLang."""

@@ -1,0 +1,19 @@
+"""Plain CPU as an SGLang platform: laptops and CI, with no AMX kernels, no Triton and no libcuda."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def activate() -> str | None:
+    """Entry point of `sglang.srt.platforms`, called at every SGLang start: name our platform class, or stand aside.
+
+    Returns None where torch has a usable accelerator, or where the user asked for SGLang's own CPU engine.
+    """
+    if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
+        return None
+    if torch.accelerator.current_accelerator(check_available=True) is not None:
+        return None
+    return "sglang_dflash.platforms.cpu.platform.PlainCpuPlatform"

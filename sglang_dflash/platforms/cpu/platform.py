@@ -1,0 +1,122 @@
+"""The platform object SGLang asks for everything that depends on the device."""
+
+from __future__ import annotations
+
+import platform as host
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+ATTENTION_BACKEND = "plain_cpu"
+
+# What a laptop can hold and still be used for something else. The KV pool takes its memory on first
+# touch, so the token limit is an upper bound, not a price.
+DEFAULT_MEM_FRACTION = 0.4
+DEFAULT_MAX_TOTAL_TOKENS = 131_072
+DEFAULT_MAX_RUNNING_REQUESTS = 48
+DEFAULT_CHUNKED_PREFILL_SIZE = 2048
+
+
+class PlainCpuPlatform(SRTPlatform):
+    """SGLang on any CPU that torch runs on, in plain torch and oneDNN."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+    capabilities = PlatformCapabilities()
+
+    def get_device(self, device_id: int | None = 0) -> str:
+        return "cpu"
+
+    def get_device_name(self, device_id: int = 0) -> str:
+        return f"cpu ({host.machine()})"
+
+    def get_device_uuid(self, device_id: int = 0) -> str:
+        return host.machine()
+
+    def set_device(self, device: torch.device) -> None:
+        torch.cpu.set_device(device)
+
+    def get_device_total_memory(self, device_id: int = 0) -> int:
+        return int(psutil.virtual_memory().total)
+
+    def get_current_memory_usage(self, device: torch.device | None = None) -> float:
+        memory = psutil.virtual_memory()
+        return float(memory.total - memory.available)
+
+    def get_available_memory(self, device_id: int = 0) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
+    def get_dispatch_key_name(self) -> str:
+        return ATTENTION_BACKEND
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "eager"
+
+    def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
+        # "intel_amx" is what SGLang fills in for any CPU; it needs the kernels of its own CPU engine.
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = ATTENTION_BACKEND
+        if server_args.dtype == "auto":
+            server_args.dtype = "float32"
+        if server_args.mem_fraction_static is None:
+            server_args.mem_fraction_static = DEFAULT_MEM_FRACTION
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
+        if server_args.max_running_requests is None:
+            server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
+        if server_args.chunked_prefill_size is None:
+            server_args.chunked_prefill_size = DEFAULT_CHUNKED_PREFILL_SIZE
+
+    def get_default_attention_backend(self) -> str:
+        return ATTENTION_BACKEND
+
+    def get_default_speculative_draft_attention_backend(self, algorithm: str) -> str:
+        return ATTENTION_BACKEND
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm == "DFLASH"
+
+    def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
+        return backend == ATTENTION_BACKEND
+
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        if algorithm != "DFLASH":
+            return None
+        from sglang_dflash.worker import DFlashWorker
+
+        return DFlashWorker
+
+    def get_kv_pool_cls(self, *, kind: KVPoolKind) -> type | None:
+        if kind != "mha":
+            return None
+        from sglang_dflash.platforms.cpu.memory import CpuKVPool
+
+        return CpuKVPool
+
+    def init_backend(self) -> None:
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        from sglang_dflash.platforms.cpu.attention import PlainCpuAttnBackend
+        from sglang_dflash.platforms.cpu.ops import register_ops
+
+        register_attention_backend(ATTENTION_BACKEND)(PlainCpuAttnBackend)
+        register_ops(self.get_dispatch_key_name())
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        from sglang_dflash.platforms.cpu.linear import pack_linear_layers
+
+        pack_linear_layers(model)
