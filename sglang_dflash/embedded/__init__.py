@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_dflash.embedded import target
+from sglang_dflash.embedded import cache, target
 
 NAME = "smollm2-135m"  # stands for both paths on the command line
 DRAFT = Path(__file__).parent / "draft"
@@ -30,6 +30,16 @@ def ensure() -> Pair:
     return Pair(target.ensure(), DRAFT)
 
 
+def target_path() -> Path:
+    """Where the target's directory is, or will be once it is made ready."""
+    return cache.root() / target.DIRECTORY
+
+
 def resolve(name: str | None) -> Pair | None:
     """The pair where `name` stands for it, made ready; None for any other model."""
     return ensure() if name == NAME else None
+
+
+def target_path() -> Path:
+    """Where the target stands, or will once it is made ready."""
+    return cache.root() / target.DIRECTORY
