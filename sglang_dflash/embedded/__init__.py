@@ -38,8 +38,3 @@ def target_path() -> Path:
 def resolve(name: str | None) -> Pair | None:
     """The pair where `name` stands for it, made ready; None for any other model."""
     return ensure() if name == NAME else None
-
-
-def target_path() -> Path:
-    """Where the target stands, or will once it is made ready."""
-    return cache.root() / target.DIRECTORY

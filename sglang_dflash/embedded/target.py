@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DIRECTORY = f"smollm2-135m-{GGUF_SHA256[:8]}-1"  # the last number is this recipe's: raise it when the output changes
+RECIPE = 1  # raise it when what is written below changes
+DIRECTORY = f"smollm2-135m-{GGUF_SHA256[:8]}-{RECIPE}"
 
 # GGUF's names of a layer's tensors, and transformers'.
 LAYER_NAMES = {
@@ -162,7 +163,7 @@ def _name(gguf_name: str) -> tuple[str, str]:
 
 
 def _unpermute(array: Any, heads: int) -> Any:
-    """Rows of a q or k projection from GGUF's order for Llama (rotary pairs adjacent) to transformers' (halves)."""
+    """Rows of a q or k projection from GGUF's order (rotary pairs adjacent) to transformers' (halves)."""
     rows, columns = array.shape
     return array.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
