@@ -1,0 +1,41 @@
+"""From a draft pass's hidden states to the lattice that a tree is grown in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sglang_dflash.draft.selector import Selector
+from sglang_dflash.kernels import lattice_logp, topk_lse
+from sglang_dflash.tree import Lattice
+
+
+def build_lattice(
+    hidden: Tensor,
+    bonus: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    selector: Selector | None,
+    k: int,
+    *,
+    multiplier: float = 1.0,
+    softcap: float | None = None,
+) -> Lattice:
+    """The k likeliest tokens of each drafted position, and their log-probability after each of those before.
+
+    hidden [bs, d, H]: the draft's output at the block's masks (not at the bonus token); bonus [bs] int64;
+    logits: the target's head, [N, H] -> [N, V] in any float dtype, V without padding; multiplier and softcap:
+    the checkpoint's output transform, on the head's logits before the selector's scores are added. Without a
+    selector a token's log-probability does not depend on the one before.
+    """
+    bs, d, width = hidden.shape
+    scores = logits(hidden.reshape(bs * d, width))
+    if multiplier != 1.0:
+        scores = scores.float() * multiplier
+    if softcap is not None:
+        scores = torch.tanh(scores.float() / softcap) * softcap
+    unary, tokens, lse = topk_lse(scores, k)
+    tokens = tokens.view(bs, d, k)
+    transitions = selector.transitions(hidden, bonus, tokens) if selector is not None else None
+    return Lattice(tokens=tokens, logp=lattice_logp(unary.view(bs, d, k), lse.view(bs, d), transitions))
