@@ -1,0 +1,28 @@
+# `make demo` and `make test` need Python 3.11 or newer with pip, and PyPI; they set up .venv by themselves.
+UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+export UV_PYTHON_DOWNLOADS := never
+export UV_HTTP_TIMEOUT := 600
+READY := .venv/.ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	.venv/bin/sglang-dflash demo
+
+test: $(READY)
+	.venv/bin/python -m pytest
+
+lint: $(READY)
+	.venv/bin/ruff check
+	.venv/bin/mypy
+
+$(READY): pyproject.toml uv.lock | $(UV)
+	$(UV) sync --locked --all-extras --python python3
+	touch $@
+
+# Into a folder of its own: Debian lets pip install nowhere else, and uv makes virtual environments by itself.
+.uv/bin/uv:
+	python3 -m pip install --quiet --target .uv uv
+
+clean:
+	rm -rf .venv .uv
