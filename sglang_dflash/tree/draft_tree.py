@@ -1,0 +1,39 @@
+"""The set of paths one verify pass reads, as a tree under the bonus token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Node 0 is the root (the bonus token), then n drafted nodes in best-first order.
+
+    So parents precede children, and the first m drafted nodes are the tree of m nodes. Children of a node
+    have distinct tokens.
+
+    tokens: [bs, n+1] int64.
+    parents: [bs, n+1] int64, the root its own parent.
+    depths: [bs, n+1] int64, the root at 0.
+    mask: [bs, n+1, n+1] bool; mask[b, i, j]: node i sees node j, that is j is i or an ancestor of i.
+    logp: [bs, n+1] float32, path log-probability, the root at 0.
+    max_depth: no node of any request is deeper; known from shapes alone.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    mask: Tensor
+    logp: Tensor
+    max_depth: int
+
+    @classmethod
+    def root(cls, bonus_tokens: Tensor) -> DraftTree:
+        """The tree of bonus_tokens [bs] int64 alone: to verify it is plain decoding."""
+        tokens = bonus_tokens[:, None]
+        nothing = torch.zeros_like(tokens)
+        mask = torch.ones(len(tokens), 1, 1, dtype=torch.bool, device=tokens.device)
+        return cls(tokens, nothing, nothing, mask, nothing.float(), 0)

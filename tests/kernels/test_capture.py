@@ -1,0 +1,36 @@
+"""No op reads a value on the host: on the meta device there are no values, only shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_dflash import kernels
+
+
+@pytest.mark.parametrize("kp", [1, 16])
+def test_draft_side_ops_need_no_values(kp: int) -> None:
+    bs, d, k, n = 4, 15, 16, 63
+    with torch.device("meta"):
+        unary, _, lse = kernels.topk_lse(torch.empty(bs * d, 1000), k)
+        transitions = torch.empty(bs, d, kp, k) if kp > 1 else None
+        logp = kernels.lattice_logp(unary.view(bs, d, k), lse.view(bs, d), transitions)
+        tokens, bonus = torch.empty(bs, d, k, dtype=torch.int64), torch.empty(bs, dtype=torch.int64)
+        assert [x.shape for x in kernels.grow(tokens, logp, bonus, n)] == [(bs, n + 1)] * 4
+        assert [x.shape for x in kernels.grow_chain(tokens, logp, bonus, d)] == [(bs, d + 1)] * 2
+
+
+def test_verify_side_ops_need_no_values() -> None:
+    bs, d, w = 4, 15, 64
+    with torch.device("meta"):
+        ints = torch.empty(bs, w, dtype=torch.int64)
+        mask = kernels.ancestor_mask(ints, d)
+        assert mask.shape == (bs, w, w)
+        nodes, emitted, lens = kernels.walk(ints, ints, ints, mask, ints, ints[:, 0], d)
+        assert (nodes.shape, emitted.shape, lens.shape) == ((bs, d + 1), (bs, d + 1), (bs,))
+        assert [x.shape for x in kernels.compaction(ints, nodes, lens)] == [(bs * (d + 1),)] * 2
+
+
+def test_the_meta_device_catches_a_host_read() -> None:
+    with pytest.raises(RuntimeError):
+        torch.empty(3, device="meta").max().item()

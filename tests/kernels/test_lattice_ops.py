@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sglang_dflash import kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_topk_lse(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = (torch.randn(5, 777) * 6 + 40).to(dtype)
+    values, indices, lse = kernels.topk_lse(logits, 16)
+    assert (values.dtype, indices.dtype, lse.dtype) == (torch.float32, torch.int64, torch.float32)
+    for row in range(5):
+        plain = logits[row].double().tolist()
+        assert values[row].tolist() == sorted(plain, reverse=True)[:16]
+        assert [plain[i] for i in indices[row].tolist()] == values[row].tolist()
+        assert len(set(indices[row].tolist())) == 16
+        assert lse[row].item() == pytest.approx(math.log(math.fsum(map(math.exp, plain))), abs=1e-5)
+
+
+def test_without_transitions_it_is_the_log_softmax() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 100)
+    unary, tokens, lse = kernels.topk_lse(logits.view(-1, 100), 8)
+    logp = kernels.lattice_logp(unary.view(2, 3, 8), lse.view(2, 3), None)
+    assert logp.shape == (2, 3, 1, 8)
+    torch.testing.assert_close(logp[:, :, 0], logits.log_softmax(-1).gather(2, tokens.view(2, 3, 8)))
+
+
+def test_with_transitions_the_candidates_share_their_unary_probability() -> None:
+    torch.manual_seed(0)
+    logits, transitions = torch.randn(2, 3, 100) * 2, torch.randn(2, 3, 8, 8)
+    unary, _, lse = (x.view(2, 3, *x.shape[1:]) for x in kernels.topk_lse(logits.view(-1, 100), 8))
+    logp = kernels.lattice_logp(unary, lse, transitions)
+    assert logp.shape == (2, 3, 8, 8)
+    for b, i, p in ((0, 0, 0), (1, 2, 7), (0, 1, 3)):
+        all_logits = logits[b, i].tolist()
+        share = math.fsum(map(math.exp, unary[b, i].tolist())) / math.fsum(map(math.exp, all_logits))
+        scores = (unary[b, i] + transitions[b, i, p]).double().exp().tolist()
+        want = [math.log(share * score / sum(scores)) for score in scores]
+        assert logp[b, i, p].tolist() == pytest.approx(want, abs=1e-5)
+
+
+def test_no_transition_score_is_as_no_transitions() -> None:
+    torch.manual_seed(0)
+    unary = torch.randn(2, 3, 8)
+    lse = unary.logsumexp(-1) + 0.5
+    with_zeros = kernels.lattice_logp(unary, lse, torch.zeros(2, 3, 8, 8))
+    torch.testing.assert_close(with_zeros, kernels.lattice_logp(unary, lse, None).expand(-1, -1, 8, -1))
+
+
+@pytest.mark.parametrize("transitions", [None, torch.zeros(1, 1, 2, 2)])
+def test_rounding_never_makes_a_candidate_more_than_certain(transitions: torch.Tensor | None) -> None:
+    unary = torch.tensor([[[10.0, -30.0]]])
+    too_low = torch.tensor([[9.9999]])
+    assert kernels.lattice_logp(unary, too_low, transitions).max() == 0
+
+
+@pytest.mark.parametrize("transitions", [None, torch.zeros(1, 1, 2, 2)])
+def test_a_candidate_ruled_out_has_no_probability(transitions: torch.Tensor | None) -> None:
+    logp = kernels.lattice_logp(torch.tensor([[[1.0, -torch.inf]]]), torch.tensor([[1.0]]), transitions)
+    assert (logp == torch.tensor([0.0, -torch.inf])).all()
+
+
+@pytest.mark.parametrize("transitions", [None, torch.zeros(1, 2, 2, 2)])
+def test_a_nan_of_the_draft_still_gives_a_tree(transitions: torch.Tensor | None) -> None:
+    unary = torch.tensor([[[2.0, 1.0], [torch.nan, torch.nan]]])
+    logp = kernels.lattice_logp(unary, torch.tensor([[3.0, torch.nan]]), transitions)
+    assert logp[:, 0].isfinite().all() and (logp[:, 1] == -torch.inf).all()
+    tokens = torch.tensor([[[10, 11], [20, 21]]])
+    grown, parents, _, _ = kernels.grow(tokens, logp, torch.tensor([5]), 4)
+    assert (grown.tolist(), parents.tolist()) == ([[5, 10, 11, 20, 21]], [[0, 0, 0, 1, 1]])
