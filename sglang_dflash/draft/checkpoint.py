@@ -133,7 +133,7 @@ def tensor_shapes_on_disk(path: str | Path) -> dict[str, Shape]:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not a safetensors index ({error!r}): download it again.") from error
 
 

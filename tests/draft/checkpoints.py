@@ -1,4 +1,6 @@
-"""Tiny random draft checkpoints of every kind. Tensor names are spelled out here, apart from the package's list."""
+"""Tiny random draft checkpoints of every kind. Tensor names are spelled out here, apart from the package's
+list.
+"""
 
 from __future__ import annotations
 

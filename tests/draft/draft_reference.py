@@ -1,5 +1,7 @@
-"""A draft's forward pass written a second time, in plain torch, one request and one token at a time where that is
-plainer. It reads checkpoint tensors by name and config.json's own keys, and shares nothing with the package."""
+"""A draft's forward pass written a second time, in plain torch, one request and one token at a time where
+that is plainer. It reads checkpoint tensors by name and config.json's own keys, and shares nothing with the
+package.
+"""
 
 from __future__ import annotations
 
@@ -117,8 +119,9 @@ class Reference:
     def lattice(
         self, hidden: Tensor, bonus: int, embedding: Tensor, head: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        """hidden [d, H] at the masks. Returns tokens [d, k] and log-probabilities [d, k, k], or [d, 1, k] without
-        a selector."""
+        """hidden [d, H] at the masks. Returns tokens [d, k] and log-probabilities [d, k, k], or [d, 1, k]
+        without a selector.
+        """
         dflash = self.raw["dflash_config"]
         logits = hidden @ head.T * dflash.get("output_multiplier", 1.0)
         cap = dflash.get("final_logit_softcapping")
