@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sglang_dflash.cli.bench import bench
-from sglang_dflash.cli.demo import demo
-from sglang_dflash.cli.doctor import doctor
-from sglang_dflash.cli.embedded import embedded
+from sglang_dflash.cli import bench, demo, doctor, embedded
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,8 +14,8 @@ app = typer.Typer(
     help="DFLASH speculative decoding with lattice trees, for SGLang. "
     "To serve, start SGLang as ever: `python -m sglang.launch_server --speculative-algorithm DFLASH …`",
 )
-app.command()(demo)
+app.command()(demo.demo)
 # Options that bench does not know are SGLang's, for the servers it starts.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
-app.command()(doctor)
-app.command()(embedded)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench.bench)
+app.command()(doctor.doctor)
+app.command()(embedded.embedded)

@@ -14,7 +14,7 @@ from rich.table import Table
 from sglang_dflash import embedded
 from sglang_dflash.cli import load
 from sglang_dflash.cli.models import DraftOption, Models, TargetOption
-from sglang_dflash.cli.server import serving
+from sglang_dflash.cli.server import quiet, serving
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def bench(
     with console.status("making the models ready"):
         models = Models.of(model, draft)
         tokenizer = models.tokenizer()
-        cases = _cases(models, tree or [None], own, context.args)
+        with quiet():
+            cases = _cases(models, tree or [None], own, context.args)
     ids = [load.chat_ids(tokenizer, q) for q in load.gsm8k(prompts)]
 
     rows: list[Row] = []

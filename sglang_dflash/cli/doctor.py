@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
+from sglang_dflash.cli.server import quiet
 from sglang_dflash.embedded import cache, target
 
 PACKAGE = "sglang-dflash"
@@ -44,8 +45,11 @@ def doctor() -> None:
     with console.status("looking"):
         findings = [finding for check in checks for finding in check()]
         if not any(f.cure for f in findings):  # SGLang is asked only where it can answer
-            findings += _sglang()
+            with quiet():
+                findings += _sglang()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for _ in range(3):
+        table.add_column(overflow="fold")
     for f in findings:
         table.add_row("[red]wrong[/]" if f.cure else "[green]ok[/]", f.what, f.found)
         if f.cure:
@@ -141,15 +145,20 @@ def _worker() -> Iterator[Finding]:
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_dflash import embedded
+    from sglang_dflash import embedded, options
 
     server_args = ServerArgs(
         model_path=str(embedded.target_path()),
         speculative_algorithm="DFLASH",
         speculative_draft_model_path=str(embedded.DRAFT),
     )
-    worker = SpeculativeAlgorithm.DFLASH.create_worker(server_args)
-    yield Finding("DFLASH worker", _qualified(worker))
+    try:
+        worker = SpeculativeAlgorithm.DFLASH.create_worker(server_args)
+    except Exception as error:  # whatever it is, it is the finding
+        yield Finding("DFLASH worker", f"fails: {error!r}", REINSTALL)
+        return
+    reason = options.reason_to_hand_over(server_args)
+    yield Finding("DFLASH worker", _qualified(worker) + (f", because {reason}" if reason else ""))
 
 
 def _qualified(kind: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import httpx
@@ -50,6 +51,13 @@ def serving(
             yield url
         finally:
             _stop(process)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Swallow what SGLang prints about other machines' kernels while it is imported into this process."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
 
 
 def _free_port() -> int:

@@ -1,0 +1,86 @@
+"""Server processes: what is shown when one fails, and that none is left behind."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+
+from sglang_dflash.cli import server
+
+
+def fake_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
+    """Put `code` in the place of `python -m sglang.launch_server`."""
+    script = tmp_path / "fake-python"
+    script.write_text(f"#!{sys.executable}\nimport os, sys, time\nargs = sys.argv\n{code}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+
+SERVE = """
+import http.server, subprocess
+child = subprocess.Popen(["sleep", "1000"])
+open(os.environ["PIDS"], "w").write(f"{os.getpid()} {child.pid}")
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(args[args.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_whole_process_group_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_server(monkeypatch, tmp_path, SERVE)
+    pids = tmp_path / "pids"
+    with (
+        pytest.raises(KeyError, match="inside"),
+        server.serving("fake", [], Console(file=io.StringIO()), {"PIDS": str(pids)}) as url,
+    ):
+        assert url.startswith("http://127.0.0.1:")
+        running = [int(pid) for pid in pids.read_text().split()]
+        assert not any(gone(pid) for pid in running)
+        raise KeyError("inside")
+    deadline = time.monotonic() + 10
+    while not all(gone(pid) for pid in running):
+        assert time.monotonic() < deadline, "a process of the server is still there"
+        time.sleep(0.05)
+
+
+def test_a_failing_server_shows_its_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_server(monkeypatch, tmp_path, "print('no such model: x', flush=True); sys.exit(3)")
+    with (
+        pytest.raises(server.ServerError, match=r"(?s)fake ended with code 3:.*no such model: x"),
+        server.serving("fake", [], Console(file=io.StringIO())),
+    ):
+        pass
+
+
+def test_a_killed_client_takes_its_server_along(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    fake = tmp_path / "fake-python"
+    fake.write_text(f"#!{sys.executable}\nimport os, sys\nargs = sys.argv\n{SERVE}\n")
+    fake.chmod(0o755)
+    client = (
+        "import sys, time\nfrom rich.console import Console\nfrom sglang_dflash.cli.server import serving\n"
+        f"sys.executable = {str(fake)!r}\nwith serving('fake', [], Console()):\n    time.sleep(1000)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", client], env={**os.environ, "PIDS": str(pids)}, stdout=subprocess.PIPE
+    )
+    assert process.stdout and b"ready" in process.stdout.readline()
+    running = [int(pid) for pid in pids.read_text().split()]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    time.sleep(0.5)
+    assert all(gone(pid) for pid in running)
