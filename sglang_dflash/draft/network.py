@@ -205,6 +205,10 @@ class DFlashDraftModel(nn.Module):
         self.candidate_selector = make_selector(c)
         self._add_context_kv()
         self.requires_grad_(False)
+        self.embed: Callable[[Tensor], Tensor]
+        """The target's embedding, [T] int64 -> [T, H]; set once by who loads the draft. A function, not a
+        module: the target's weights are no part of ours.
+        """
 
     def get_attention_sliding_window_size(self) -> int | None:
         """Positions a sliding layer sees before its own, None without such layers. SGLang asks."""
@@ -234,18 +238,14 @@ class DFlashDraftModel(nn.Module):
         for i, layer in enumerate(self.layers):
             kv_pool.set_kv_buffer(layer.self_attn.attn, slots, k[:, i], v[:, i])
 
-    def forward(
-        self, input_ids: Tensor, positions: Tensor, forward_batch: Any, input_embeds: Tensor | None = None
-    ) -> LogitsProcessorOutput:
+    def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any) -> LogitsProcessorOutput:
         """One block a request, as a window pass of w = forward_batch.spec_info.draft_token_num tokens.
 
-        positions [bs * w] int64; input_embeds [bs * w, H]: the target's embedding of the bonus token and the
-        masks, as a draft has none of its own (so input_ids go unread). Returns hidden_states [bs * w, H]
-        after the final norm, for the target's head to read.
+        input_ids [bs * w] int64: the bonus token and the masks, looked up in the target's embedding, as a
+        draft has none of its own; positions [bs * w] int64. Returns hidden_states [bs * w, H] after the final
+        norm, for the target's head to read.
         """
-        if input_embeds is None:
-            raise ValueError("A draft has no embedding: give input_embeds from the target's.")
-        hidden, residual = input_embeds, None
+        hidden, residual = self.embed(input_ids), None
         for layer in self.layers:
             hidden, residual = layer(positions, hidden, residual, forward_batch)
         hidden, _ = self.norm(hidden, residual)

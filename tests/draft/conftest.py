@@ -96,7 +96,9 @@ class Bench:
         )
 
     def block(self, embeds: Tensor, prefix_lens: list[int]) -> Tensor:
-        """One block pass, embeds [bs, w, H]. Returns hidden states [bs, w, H]."""
+        """One block pass over the tokens whose embeddings are embeds [bs, w, H]. Returns hidden states [bs,
+        w, H].
+        """
         bs, w, _ = embeds.shape
         lens = torch.tensor(prefix_lens)
         positions = (lens[:, None] + torch.arange(w)).flatten()
@@ -114,8 +116,9 @@ class Bench:
                 draft_token_num=w, window_mask=(mask.tril() if causal else mask).expand(bs, w, w)
             ),
         )
+        self.network.embed = lambda input_ids: embeds.flatten(0, 1)[input_ids]
         with forward_context(ForwardContext(attn_backend=DenseBackend(self.pool, self.req_to_token))):
-            out = self.network.forward(torch.zeros(bs * w), positions, batch, embeds.flatten(0, 1))
+            out = self.network.forward(torch.arange(bs * w), positions, batch)
         return out.hidden_states.view(bs, w, -1)
 
 

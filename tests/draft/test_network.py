@@ -153,11 +153,9 @@ def test_a_llama_style_draft_lacks_all_norms_of_queries_and_keys_or_none() -> No
         loaded(raw, {**state, "layers.0.self_attn.q_norm.weight": torch.ones(8)})
 
 
-def test_quantisation_and_a_missing_embedding_are_refused(bench: Any) -> None:
+def test_quantisation_is_refused() -> None:
     with pytest.raises(ValueError, match="quantisation object"):
         DFlashDraftModel(config(), quant_config=object())
-    with pytest.raises(ValueError, match="input_embeds"):
-        loaded(config(), weights(config())).forward(torch.zeros(7), torch.arange(7), None)
 
 
 @pytest.fixture(scope="module")
