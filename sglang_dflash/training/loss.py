@@ -1,0 +1,83 @@
+"""What is learnt from: cross-entropy of unary and conditional logits, weighted by position in the block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 8192  # of logits at a time: what the head's output may take of memory
+
+
+def _loss_and_gradient(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row, and its gradient by the logits (in their dtype)."""
+    x = logits.float()
+    log_sum = x.logsumexp(-1, keepdim=True)
+    loss = log_sum[:, 0] - x.gather(1, gold[:, None])[:, 0]
+    is_gold = torch.arange(x.shape[1], device=x.device) == gold[:, None]
+    return loss, ((x - log_sum).exp() - is_gold.float()).to(logits.dtype)
+
+
+_compiled = torch.compile(_loss_and_gradient, dynamic=True)
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Forward makes the hidden states' gradient too, so that logits live for one slice of rows only.
+
+    The head is frozen: its own gradient, a third of the work, is never made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, gold: Tensor) -> Tensor:
+        step = _compiled if hidden.is_cuda else _loss_and_gradient
+        losses, gradients = [], []
+        for h, g in zip(hidden.split(ROWS), gold.split(ROWS), strict=True):
+            loss, gradient = step(h @ head.T, g)
+            losses.append(loss)
+            gradients.append(gradient @ head)
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * grads[0][:, None].to(gradients.dtype), None, None
+
+
+def frozen_head_loss(hidden: Tensor, head: Tensor, gold: Tensor) -> Tensor:
+    """Cross-entropy [N] float32 of hidden [N, H] under a frozen head [V, H] at gold [N] int64."""
+    return _FrozenHeadLoss.apply(hidden.to(head.dtype), head, gold)
+
+
+def static_weights(depth: int, block: int, device: torch.device) -> Tensor:
+    """DFlash's: exp(-(k - 1) / gamma) at the k-th drafted position, gamma 7 for a block of 16. [depth] float32."""
+    gamma = 7.0 * block / 16
+    return torch.exp(-torch.arange(depth, device=device).float() / gamma)
+
+
+def dpace_weights(logp: Tensor, valid: Tensor) -> Tensor:
+    """Dynamic weights: the gradient of the expected accepted length by each position's log-probability.
+
+    logp [..., depth]: of the gold token at each position, detached; valid [..., depth] bool. A block's expected accepted
+    length is the sum over k of p_1 ... p_k, so position j weighs the sum over k >= j of p_1 ... p_k.
+    """
+    reached = torch.where(valid, logp, 0.0).cumsum(-1).exp() * valid
+    return reached.flip(-1).cumsum(-1).flip(-1) * valid
+
+
+def draw(weights: Tensor, count: int) -> Tensor:
+    """`count` indices into weights [N], each expected in proportion to its weight (systematic sampling).
+
+    A plain mean over the drawn then estimates the weighted mean over all, without bias, for less work.
+    """
+    ends = weights.double().cumsum(0)
+    points = (torch.arange(count, device=weights.device) + torch.rand((), device=weights.device)) / count
+    return torch.searchsorted(ends, points.double() * ends[-1]).clamp_(max=len(weights) - 1)
+
+
+def free_codebook_loss(hidden: Tensor, head: Tensor, gold: Tensor, state: Tensor, codebook: Tensor) -> Tensor:
+    """As frozen_head_loss, with trainable transition scores `state @ codebook.T` added to the logits."""
+    logits = hidden.to(head.dtype) @ head.T + state.to(head.dtype) @ codebook.to(head.dtype).T
+    return F.cross_entropy(logits.float(), gold, reduction="none")

@@ -1,0 +1,116 @@
+"""One training step's mathematics: a batch of the target's answers to a loss, many draft blocks at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sglang_dflash.training.attention import attend, document_mask, draft_mask
+from sglang_dflash.training.data import Batch
+from sglang_dflash.training.draft import Draft, FreeSelector, TiedSelector
+from sglang_dflash.training.loss import (
+    dpace_weights,
+    draw,
+    free_codebook_loss,
+    frozen_head_loss,
+    static_weights,
+)
+from sglang_dflash.training.target import Target
+
+
+def features(target: Target, batch: Batch, layer_ids: list[int]) -> Tensor:
+    """[B, T, len(layer_ids) * hidden] of every token of the batch."""
+    mask = document_mask(batch.starts)
+    positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) - batch.starts
+    return target.features(batch.tokens, positions, attend, [mask] * len(target.layers), layer_ids)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Draft blocks at A anchors a row, an anchor being the bonus token: the last one known.
+
+    anchors [B, A] int64: where in the row. gold [B, A, depth] int64: the tokens after it. valid [B, A, depth] bool: the
+    target wrote that token, all before it in the block, and the anchor.
+    """
+
+    anchors: Tensor
+    gold: Tensor
+    valid: Tensor
+
+
+def blocks_at(batch: Batch, anchors: Tensor, block: int) -> Blocks:
+    """The blocks at anchors [B, A]."""
+    at = anchors[..., None] + torch.arange(block, device=anchors.device)
+    inside = at < batch.tokens.shape[1]
+    flat = at.clamp(max=batch.tokens.shape[1] - 1).flatten(1)
+    gold = batch.tokens.gather(1, flat).view_as(at)
+    valid = (batch.answer.gather(1, flat).view_as(at) & inside).cumprod(-1).bool()
+    return Blocks(anchors, gold[..., 1:], valid[..., 1:])
+
+
+def random_anchors(batch: Batch, count: int) -> Tensor:
+    """`count` anchors a row, [B, count], drawn without replacement from those with a next answer token, where enough."""
+    usable = batch.answer.clone()
+    usable[:, :-1] &= batch.answer[:, 1:]
+    usable[:, -1] = False
+    return (torch.rand(usable.shape, device=usable.device) + usable).topk(count, dim=1).indices
+
+
+def draft_hidden(draft: Draft, target: Target, batch: Batch, anchors: Tensor, context: Tensor) -> Tensor:
+    """Hidden states at the drafted positions of each block, [B, A, depth, hidden]. context: the batch's features."""
+    shape, (b, t) = draft.shape, batch.tokens.shape
+    tokens = torch.full((*anchors.shape, shape.block), shape.mask_token, device=anchors.device)
+    tokens[..., 0] = batch.tokens.gather(1, anchors)
+    starts = batch.starts.gather(1, anchors)
+    mask = draft_mask(anchors, starts, t, shape.block, shape.causal)
+    own = (anchors - starts)[..., None] + torch.arange(shape.block, device=anchors.device)
+    positions = torch.cat([torch.arange(t, device=anchors.device) - batch.starts, own.flatten(1)], dim=1)
+    blocks = F.embedding(tokens.flatten(1), target.embedding)
+    hidden = draft(blocks, context, target.rotation(positions), mask)
+    return hidden.view(b, -1, shape.block, hidden.shape[-1])[:, :, 1:]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """weights: "static" or "dpace" (see loss.py). unary: weight of the unary loss beside the conditional one's 1."""
+
+    weights: str = "static"
+    unary: float = 0.5
+
+
+def conditional_loss(draft: Draft, target: Target, hidden: Tensor, gold: Tensor, before: Tensor) -> Tensor:
+    """Cross-entropy [N] of gold [N] given the token before it, [N]; hidden [N, H]."""
+    selector = draft.candidate_selector
+    if isinstance(selector, TiedSelector):
+        return frozen_head_loss(selector.conditional(hidden, before, target), target.head, gold)
+    assert isinstance(selector, FreeSelector)
+    state = F.embedding(before, selector.predecessor_codebook) * selector.hidden_projection(hidden)
+    return free_codebook_loss(hidden, target.head, gold, state, selector.successor_codebook)
+
+
+def loss(draft: Draft, target: Target, batch: Batch, blocks: Blocks, hidden: Tensor, objective: Objective) -> Tensor:
+    """The objective over a batch's blocks, whose drafted positions have hidden [B, A, depth, H].
+
+    Static weights are met by drawing positions in proportion to them; dynamic ones need every position's probability.
+    The unary loss looks at every other position drawn.
+    """
+    depth = blocks.gold.shape[-1]
+    before = torch.cat([batch.tokens.gather(1, blocks.anchors)[..., None], blocks.gold[..., :-1]], -1).flatten()
+    h, gold, valid = hidden.flatten(0, 2), blocks.gold.flatten(), blocks.valid.flatten()
+    if objective.weights == "static":
+        weights = static_weights(depth, draft.shape.block, h.device)
+        chosen = draw((blocks.valid * weights).flatten(), int(len(valid) * weights.mean()))
+        h, gold, before = h[chosen], gold[chosen], before[chosen]
+        if draft.candidate_selector is None:
+            return frozen_head_loss(h, target.head, gold).mean()
+        unary = frozen_head_loss(h[::2], target.head, gold[::2]).mean()
+        return conditional_loss(draft, target, h, gold, before).mean() + objective.unary * unary
+    unary = frozen_head_loss(h, target.head, gold)
+    sharp = unary if draft.candidate_selector is None else conditional_loss(draft, target, h, gold, before)
+    weight = dpace_weights(-sharp.detach().view_as(blocks.valid), blocks.valid).flatten()
+    weight = weight / weight.sum()
+    total = (sharp * weight).sum()
+    return total if draft.candidate_selector is None else total + objective.unary * (unary * weight).sum()
