@@ -1,0 +1,112 @@
+"""The draft model inside SGLang: its network, its KV pool over the target's slots, and a pass of it.
+
+SGLang loads and places the network as it does any draft; here it is told what to draft and gives a lattice back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+from sglang.srt.models.registry import ModelRegistry
+from sglang.srt.runtime_context import get_spec
+from sglang.srt.speculative.draft_parallel import model_draft_parallel_spec, resolve_draft_parallel_layout
+from sglang.srt.speculative.draft_worker_common import build_draft_tp_worker
+from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
+from torch import Tensor
+
+from sglang_dflash.draft.config import ARCHITECTURES
+from sglang_dflash.draft.lattice import build_lattice
+from sglang_dflash.draft.network import DFlashDraftModel
+from sglang_dflash.draft.selector import build_selector
+from sglang_dflash.options import Options
+from sglang_dflash.tree import Lattice
+from sglang_dflash.verify.window import Window
+
+
+class DraftRunner:
+    """Drafts with one network for one target.
+
+    options: how much to draft. target: the target's ModelRunner, whose embedding and head the draft shares.
+    """
+
+    def __init__(self, options: Options, server_args: Any, gpu_id: int, nccl_port: int, target: Any) -> None:
+        ModelRegistry.models.update(dict.fromkeys(ARCHITECTURES, DFlashDraftModel))
+        self.layout = resolve_draft_parallel_layout(
+            model_draft_parallel_spec(
+                target.spec_aux_config.draft_model_config, spec_algorithm=target.spec_algorithm
+            )
+        )
+        with draft_pp_context(), draft_tp_context(self.layout):
+            self.worker = build_draft_tp_worker(
+                server_args=server_args,
+                gpu_id=gpu_id,
+                nccl_port=nccl_port,
+                target_model_config=target.model_config,
+                algo_label="DFLASH",
+                attention_backend_override=get_spec().speculative_draft_attention_backend,
+            ).draft_worker
+        self.options = options
+        self.runner = self.worker.model_runner
+        self.network = self.runner.model
+        embedding = target.model.get_input_embeddings()
+        self.network.embed = embedding.forward
+        self._lm_head = target.model.lm_head
+        self._logits = target.model.logits_processor._compute_lm_head
+        self.selector = build_selector(self.network, embedding=embedding.weight, head=self._lm_head.weight)
+        block, device = options.block, target.device
+        self._depths = torch.arange(block, device=device)
+        seen = torch.ones(block, block, dtype=torch.bool, device=device)
+        self._mask = (seen.tril() if options.draft.causal else seen)[None]
+
+    def write_context(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """Write committed tokens' target features into the draft's KV pool.
+
+        features [T, layers * hidden], positions [T] int64, slots [T] int64; slot 0 takes rows to be dropped.
+        """
+        context = self.network.project_features(features)
+        self.network.write_context(context, positions, slots, self.runner.token_to_kv_pool)
+
+    def draft(self, batch: Any, bonus_tokens: Tensor, window: Window) -> Lattice:
+        """One draft pass: what may follow bonus_tokens [bs], as a lattice of options.depth positions."""
+        bs, block = bonus_tokens.shape[0], self.options.block
+        tokens = torch.full((bs, block), self.options.draft.mask_token_id, device=bonus_tokens.device)
+        tokens[:, 0] = bonus_tokens
+        forward_batch = self._forward_batch(batch, tokens, window)
+        hidden = self.runner.forward(forward_batch).logits_output.hidden_states.view(bs, block, -1)
+        return build_lattice(
+            hidden[:, 1 : self.options.depth + 1],
+            bonus_tokens,
+            self._head,
+            self.selector,
+            self.options.top_k,
+            multiplier=self.options.draft.output_multiplier,
+            softcap=self.options.draft.softcap,
+        )
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self._logits(hidden, self._lm_head)[:, : self.options.draft.vocab_size]
+
+    def _forward_batch(self, batch: Any, tokens: Tensor, window: Window) -> ForwardBatch:
+        bs, block = tokens.shape
+        spec_info = window.input(
+            tokens, self._depths, self._mask.expand(bs, -1, -1), CaptureHiddenMode.NULL
+        )
+        host_lens = batch.seq_lens_cpu + block  # an upper bound: under overlap the host lags
+        forward_batch = ForwardBatch(
+            forward_mode=ForwardMode.TARGET_VERIFY,
+            batch_size=bs,
+            input_ids=spec_info.draft_token,
+            positions=spec_info.positions,
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens=window.prefix_lens,
+            seq_lens_cpu=host_lens,
+            seq_lens_sum=int(host_lens.sum()),
+            out_cache_loc=None,
+            spec_algorithm=batch.spec_algorithm,
+            spec_info=spec_info,
+            capture_hidden_mode=CaptureHiddenMode.NULL,
+        )
+        window.plan.bind(forward_batch, self.runner.kv_index_translator, cols=slice(0, block))
+        return forward_batch

@@ -1,0 +1,82 @@
+"""What a step measures of itself, in SGLang's /metrics.
+
+SGLang counts accept lengths itself; here are the tree's size, how deep drafts are accepted, and where the time goes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from sglang_dflash.options import Options
+
+
+class Clock:
+    """When the parts of one step ended, in seconds: start, drafted, verified, done."""
+
+    def __init__(self) -> None:
+        self.marks = [time.perf_counter()]
+
+    def drafted(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    verified = done = drafted
+
+
+class StepMetrics:
+    """Counts steps into prometheus_client's registry, which SGLang serves."""
+
+    def __init__(self, options: Options, labels: dict[str, str]) -> None:
+        from prometheus_client import Counter, Gauge  # after SGLang has set its multi-process directory
+
+        names = list(labels)
+        nodes = Gauge(
+            "sglang:dflash_tree_nodes",
+            "Drafted nodes of a tree.",
+            names,
+            multiprocess_mode="mostrecent",
+        )
+        nodes.labels(**labels).set(options.nodes)
+        accepted = Counter(
+            "sglang:dflash_accepted_drafts", "Draft tokens accepted, by depth.", [*names, "depth"]
+        )
+        self._steps = Counter("sglang:dflash_steps", "Speculative steps, counted per request.", names).labels(**labels)
+        self._accepted = [
+            accepted.labels(**labels, depth=str(depth)) for depth in range(1, options.depth + 1)
+        ]
+        seconds = Counter("sglang:dflash_step_seconds", "Seconds of steps, by part.", [*names, "part"])
+        self._seconds = [seconds.labels(**labels, part=part) for part in ("draft", "verify", "other")]
+        self._running: deque[Clock] = deque()
+
+    def clock(self) -> Clock:
+        """Start timing a step. Steps end in the order in which they started."""
+        clock = Clock()
+        self._running.append(clock)
+        return clock
+
+    def step_done(self, accepted_drafts: list[int]) -> None:
+        """Count a step whose results reached the host; accepted_drafts: one number a request."""
+        marks = self._running.popleft().marks
+        for counter, start, end in zip(self._seconds, marks, marks[1:], strict=True):
+            counter.inc(end - start)
+        self._steps.inc(len(accepted_drafts))
+        for depth, counter in enumerate(self._accepted, start=1):
+            counter.inc(sum(drafts >= depth for drafts in accepted_drafts))
+
+
+class NoMetrics:
+    """Stands in where the server serves no metrics."""
+
+    def clock(self) -> Clock:
+        return Clock()
+
+    def step_done(self, accepted_drafts: list[int]) -> None:
+        pass
+
+
+def step_metrics(options: Options, target: Any, enabled: bool) -> StepMetrics | NoMetrics:
+    """Metrics of a worker, labelled with the target's name as SGLang's own are."""
+    if not enabled:
+        return NoMetrics()
+    return StepMetrics(options, {"model_name": target.model_config.model_path})

@@ -1,0 +1,187 @@
+"""SGLang's arguments and the draft's config, made into one validated, frozen Options.
+
+Everything that can be refused is refused here, before anything is loaded; what is not ours to serve goes to SGLang's
+own worker, decided here as well. The step never asks again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_dflash import embedded
+from sglang_dflash.draft.checkpoint import check_tensors, tensor_shapes_on_disk
+from sglang_dflash.draft.config import DraftConfig
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NODES = 15
+DEFAULT_DEPTH = 8
+TOP_K = 16  # candidates a position where the checkpoint names none
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a server drafts and verifies; fixed for its lifetime.
+
+    nodes: drafted nodes of a tree (n), so n + 1 tokens are verified; 0 is plain decoding.
+    depth: drafted positions (d): no path is longer. 0 where nodes is 0.
+    block: tokens of a draft pass, the bonus token included: depth + 1 where the block is causal, else the
+        checkpoint's block size.
+    chain: keep only the most probable path by greedy descent.
+    top_k: candidates a position (K).
+    """
+
+    draft: DraftConfig
+    nodes: int
+    depth: int
+    block: int
+    chain: bool
+    top_k: int
+
+    @property
+    def verified(self) -> int:
+        """Tokens a request that a verify pass reads: the bonus token and the nodes."""
+        return self.nodes + 1
+
+    @property
+    def window(self) -> int:
+        """Slots a request that a step writes behind the committed prefix."""
+        return max(self.verified, self.block)
+
+    @classmethod
+    def of(cls, server_args: Any) -> Options:
+        """The options of a server whose DFLASH is ours. Raises ValueError for values that cannot be served."""
+        draft = _draft_config(server_args)
+        draft.check_draft()
+        chain = server_args.speculative_eagle_topk == 1
+        longest = draft.max_depth
+        depth = _asked_depth(server_args, longest)
+        nodes = server_args.speculative_num_draft_tokens
+        if nodes is None:
+            nodes = min(DEFAULT_NODES, depth or DEFAULT_DEPTH, longest) if chain else DEFAULT_NODES
+        if nodes < 0:
+            raise ValueError(f"--speculative-num-draft-tokens must be 0 (plain decoding) or more, got {nodes}")
+        if depth is None:
+            depth = longest if chain else min(longest, DEFAULT_DEPTH + nodes // 16)
+        depth = min(depth, nodes)
+        if chain and nodes > depth:
+            raise ValueError(
+                f"a chain (--speculative-eagle-topk 1) of {nodes} tokens (--speculative-num-draft-tokens) is longer "
+                f"than the {depth} positions drafted; ask for {depth} or fewer, or for a tree"
+            )
+        block = 1 if nodes == 0 else depth + 1 if draft.causal else draft.block_size
+        return cls(draft, nodes, depth, block, chain, min(draft.selector_top_k or TOP_K, draft.vocab_size))
+
+
+def _asked_depth(server_args: Any, longest: int) -> int | None:
+    """Drafted positions as the user asks for them, None where they do not."""
+    asked = server_args.speculative_num_steps
+    if asked is None and server_args.speculative_dflash_block_size is not None:
+        asked = server_args.speculative_dflash_block_size - 1
+    if asked is not None and not 1 <= asked <= longest:
+        raise ValueError(
+            f"the draft drafts 1 to {longest} positions a step, but {asked} were asked for "
+            "(--speculative-num-steps, or --speculative-dflash-block-size less one)"
+        )
+    return asked
+
+
+def fill_in_embedded_pair(server_args: Any) -> None:
+    """Put paths where the embedded pair is named, and its draft where its target is given without one.
+
+    SGLang asks again for a record that it has resolved, and read-only by then: that one is left alone.
+    """
+    if getattr(server_args, "_resolution_finished", False):
+        return
+    for field in ("model_path", "speculative_draft_model_path"):
+        pair = embedded.resolve(getattr(server_args, field))
+        if pair is not None:
+            setattr(server_args, field, str(pair.target if field == "model_path" else pair.draft))
+    if (server_args.speculative_algorithm or "").upper() == "DFLASH" and _is_embedded_target(server_args.model_path):
+        server_args.speculative_draft_model_path = server_args.speculative_draft_model_path or str(embedded.DRAFT)
+
+
+def _is_embedded_target(path: str) -> bool:
+    return Path(path).resolve() == embedded.target_path().resolve()
+
+
+def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
+    """Check DFLASH's arguments and tell SGLang how many tokens a step takes; called where SGLang does that.
+
+    Raises ValueError naming the argument or the checkpoint's field that is wrong.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    if server_args.speculative_draft_model_path is None:
+        raise ValueError(
+            f"DFLASH has no draft for the target {server_args.model_path!r}: give one with "
+            f"--speculative-draft-model-path (only the embedded target, {embedded.NAME!r}, brings its own)"
+        )
+    reason = reason_to_hand_over(server_args)
+    if reason:
+        logger.info("DFLASH: served by SGLang's own worker, because %s.", reason)
+        return original(server_args)
+    chosen = Options.of(server_args)
+    _check_draft(server_args, chosen.draft)
+    logger.info(
+        "DFLASH: %s of %d nodes, %d deep, drafted in blocks of %d.",
+        "chain" if chosen.chain else "tree", chosen.nodes, chosen.depth, chosen.block,
+    )
+    # SGLang sizes slots, pools and metrics by these; what the user asked for stays readable on the record itself.
+    declare_resolution(
+        server_args,
+        "sglang_dflash",
+        speculative_num_draft_tokens=chosen.window,
+        speculative_num_steps=1,
+        speculative_eagle_topk=1,
+        speculative_dflash_block_size=None,
+    )
+    return original(server_args)
+
+
+def _check_draft(server_args: Any, draft: DraftConfig) -> None:
+    target = _config_dict(server_args, server_args.model_path)
+    target = target.get("text_config") or target
+    draft.check(
+        hidden_size=target["hidden_size"],
+        vocab_size=target["vocab_size"],
+        num_layers=target["num_hidden_layers"],
+    )
+    path = Path(server_args.speculative_draft_model_path)
+    if path.is_dir():
+        check_tensors(path, draft)
+
+
+def reason_to_hand_over(server_args: Any) -> str:
+    """Why SGLang's own DFLASH worker serves this, or nothing where ours does."""
+    path = Path(server_args.speculative_draft_model_path)
+    who, reason = _draft_config(server_args).served_by(tensor_shapes_on_disk(path) if path.is_dir() else ())
+    if who != "ours":
+        return f"the draft has {reason}"
+    from sglang.srt.platforms import current_platform
+
+    if current_platform.device_type != "cpu":
+        return f"trees run on a plain CPU so far, not on {current_platform.device_name!r}"
+    sizes = ("tp_size", "pp_size", "dp_size", "attn_cp_size")
+    for size in sizes:
+        if (getattr(server_args, size, None) or 1) > 1:
+            return f"--{size.replace('_', '-')} {getattr(server_args, size)} is more than one"
+    if server_args.speculative_draft_window_size is not None:
+        return "--speculative-draft-window-size asks for a windowed draft cache"
+    return ""
+
+
+def _draft_config(server_args: Any) -> DraftConfig:
+    path = server_args.speculative_draft_model_path
+    return DraftConfig.load(path) if Path(path).is_dir() else DraftConfig.from_dict(_config_dict(server_args, path))
+
+
+def _config_dict(server_args: Any, path: str) -> dict[str, Any]:
+    """A checkpoint's config from wherever SGLang finds checkpoints."""
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    return get_config(path, trust_remote_code=server_args.trust_remote_code).to_dict()

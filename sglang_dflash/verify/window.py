@@ -1,0 +1,62 @@
+"""The window: the slots behind each request's committed prefix that one step writes.
+
+The draft block and the tree are both read in a window pass: w tokens a request at once, each seeing the whole prefix
+and those window tokens that a mask names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+from torch import Tensor
+
+
+@dataclass
+class WindowInput(DFlashVerifyInput):
+    """What SGLang's forward and attention backends read of a window pass.
+
+    window_mask [bs, w, w] bool: window token i sees window token j. draft_token, positions [bs * w] int64.
+    """
+
+    window_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where a step writes. prefix_lens [bs] int64: committed tokens; slots [bs, w] int64: KV slots behind them.
+
+    plan: SGLang's record of the same slots, which its forwards are bound to.
+    """
+
+    prefix_lens: Tensor
+    slots: Tensor
+    plan: Any
+
+    @classmethod
+    def open(cls, batch: Any, runner: Any, width: int) -> Window:
+        """The next `width` slots of each request in the batch, allocated when the batch was prepared."""
+        prefix_lens = batch.seq_lens
+        columns = prefix_lens[:, None] + torch.arange(width, device=prefix_lens.device)
+        slots = runner.req_to_token_pool.req_to_token[batch.req_pool_indices[:, None], columns].to(torch.int64)
+        plan = runner.kv_index_translator.plan(
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens=prefix_lens,
+            seq_lens_cpu=batch.seq_lens_cpu,
+            write_virtual=slots.flatten(),
+            read_extent=width,
+        )
+        return cls(prefix_lens, slots, plan)
+
+    def input(self, tokens: Tensor, depths: Tensor, mask: Tensor, capture: CaptureHiddenMode) -> WindowInput:
+        """The pass over tokens [bs, w] at depths [bs, w] or [w] behind the prefix, under mask [bs, w, w]."""
+        return WindowInput(
+            draft_token=tokens.flatten(),
+            positions=(self.prefix_lens[:, None] + depths).flatten(),
+            draft_token_num=tokens.shape[1],
+            capture_hidden_mode=capture,
+            window_mask=mask,
+        )

@@ -1,0 +1,206 @@
+"""The DFLASH worker: one speculative step, from the last accepted tokens to the next.
+
+    features -> draft block -> lattice -> grow -> verify -> sample -> walk -> commit
+       ^                                                                     |
+       +------------- accepted tokens' features, written as draft KV <-------+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.layers.logprob_processor import compute_spec_logprobs
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+from sglang.srt.runtime_context import get_observability
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
+from torch import Tensor
+
+from sglang_dflash.draft.runner import DraftRunner
+from sglang_dflash.metrics import step_metrics
+from sglang_dflash.options import Options
+from sglang_dflash.tree import DraftTree, Walk, compaction, grow, grow_chain, walk
+from sglang_dflash.verify.carry import Carry
+from sglang_dflash.verify.sampling import adjust_logits, depth_limit, sample_nodes
+from sglang_dflash.verify.window import Window
+
+
+class DFlashWorker(BaseSpecWorker):
+    """Drafts trees and verifies them; SGLang's scheduler drives it, with overlap or without.
+
+    Built by SGLang with its server arguments, device number, port for collectives, and the target's worker.
+    """
+
+    def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any) -> None:
+        super().__init__()
+        self._target_worker = target_worker
+        self.target = target_worker.model_runner
+        self.options = Options.of(server_args)
+        self.draft = DraftRunner(self.options, server_args, gpu_id, nccl_port, self.target)
+        self._draft_worker = self.draft.worker
+        self.metrics = step_metrics(self.options, self.target, get_observability().enable_metrics)
+        self._grow = grow_chain if self.options.chain else grow
+        self._depths = torch.arange(self.options.depth + 1, device=self.target.device)
+
+    # -- what SGLang sets up ---------------------------------------------------------------------------------------
+
+    def alloc_memory_pool(
+        self, memory_pool_config: Any = None, req_to_token_pool: Any = None, token_to_kv_pool_allocator: Any = None
+    ) -> None:
+        with draft_tp_context(self.draft.layout):
+            super().alloc_memory_pool(memory_pool_config, req_to_token_pool, token_to_kv_pool_allocator)
+
+    def init_attention_backends(self) -> None:
+        with draft_pp_context(), draft_tp_context(self.draft.layout):
+            super().init_attention_backends()
+
+    def init_cuda_graphs(self) -> None:
+        with draft_pp_context(), draft_tp_context(self.draft.layout):
+            self.draft.worker.init_cuda_graphs(capture_decode_cuda_graph=False)
+
+    def weight_update_runners(self) -> list[tuple[str, Any]]:
+        return [("draft", self.draft.runner)]
+
+    @property
+    def spec_v2_attn_backends(self) -> tuple[Any, ...]:
+        return (self.target.attn_backend, self.draft.runner.attn_backend)
+
+    def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
+        self.metrics.step_done(num_correct_drafts_per_req)
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def forward_batch_generation(
+        self,
+        batch: Any,
+        on_publish: Callable[[Tensor], None] | None = None,
+        grammar_barrier: Callable[[], None] | None = None,
+        pp_proxy_tensors: Any = None,
+    ) -> GenerationBatchResult:
+        """Run one batch: a prefill (chunked or mixed with decoding rows), or a speculative step.
+
+        batch: a ScheduleBatch whose window slots are allocated. on_publish: told the new lengths as soon as they are
+        known. grammar_barrier: brings grammars up to the tokens already accepted.
+        """
+        publish = on_publish or (lambda new_seq_lens: None)
+        if batch.forward_mode.is_extend():
+            return self._prefill(batch, publish, grammar_barrier)
+        return self._step(batch, publish, grammar_barrier)
+
+    def _prefill(
+        self, batch: Any, publish: Callable[[Tensor], None], grammar_barrier: Callable[[], None] | None
+    ) -> GenerationBatchResult:
+        if batch.has_grammar and grammar_barrier is not None:
+            grammar_barrier()  # a mixed batch samples running requests too
+        result = self._target_worker.forward_batch_generation(
+            batch, capture_hidden_mode=CaptureHiddenMode.FULL, return_kv_loc_plan=True
+        )
+        result.new_seq_lens = batch.seq_lens
+        publish(batch.seq_lens)
+        features, result.logits_output.hidden_states = result.logits_output.hidden_states, None
+        plan, result.kv_loc_plan = result.kv_loc_plan, None
+        self.draft.write_context(
+            features, _extend_positions(batch), plan.write_ids(self.draft.runner.kv_index_translator)
+        )
+        result.next_draft_input = Carry.of(result.next_token_ids, batch.seq_lens)
+        return result
+
+    def _step(
+        self, batch: Any, publish: Callable[[Tensor], None], grammar_barrier: Callable[[], None] | None
+    ) -> GenerationBatchResult:
+        clock = self.metrics.clock()
+        bonus_tokens = batch.spec_info.bonus_tokens
+        window = Window.open(batch, self.target, self.options.window)
+        tree = self._draft_tree(batch, bonus_tokens, window)
+        clock.drafted()
+        output, positions = self._verify(batch, window, tree)
+        clock.verified()
+        features, output.hidden_states = output.hidden_states, None
+        walked = self._sample_and_walk(batch, output, positions, tree, grammar_barrier)
+        new_lens = window.prefix_lens + walked.lens
+        publish(new_lens)
+        self._commit(window, tree, walked, features)
+        clock.done()
+        last = (walked.lens - 1).to(torch.int64)[:, None]
+        return GenerationBatchResult(
+            logits_output=output,
+            next_token_ids=walked.tokens.flatten(),
+            accept_lens=walked.lens,
+            next_draft_input=Carry.of(walked.tokens.gather(1, last)[:, 0], new_lens),
+            new_seq_lens=new_lens,
+            speculative_num_draft_tokens=self.options.window,
+            speculative_output_stride=walked.tokens.shape[1],
+        )
+
+    def _draft_tree(self, batch: Any, bonus_tokens: Tensor, window: Window) -> DraftTree:
+        if self.options.nodes == 0:
+            return DraftTree.root(bonus_tokens)
+        lattice = self.draft.draft(batch, bonus_tokens, window)
+        return self._grow(lattice, bonus_tokens, self.options.nodes)
+
+    def _verify(self, batch: Any, window: Window, tree: DraftTree) -> tuple[Any, Tensor]:
+        """The target's logits and features at every node, and the nodes' positions [bs * w]."""
+        spec_info = window.input(tree.tokens, tree.depths, tree.mask, CaptureHiddenMode.FULL)
+        batch.forward_mode = ForwardMode.TARGET_VERIFY
+        batch.input_ids = spec_info.draft_token
+        batch.spec_info = spec_info
+        batch.seq_lens_cpu = batch.seq_lens_cpu + self.options.verified
+        batch.seq_lens_sum = None
+        forward_batch = ForwardBatch.init_new(
+            batch,
+            self.target,
+            capture_hidden_mode=CaptureHiddenMode.FULL,
+            return_hidden_states_before_norm=False,
+            kv_loc_plan=window.plan,
+            write_cols=slice(0, self.options.verified),
+        )
+        result = self._target_worker.forward_batch_generation(
+            batch=None, forward_batch=forward_batch, is_verify=True
+        )
+        return result.logits_output, spec_info.positions
+
+    def _sample_and_walk(
+        self,
+        batch: Any,
+        output: Any,
+        positions: Tensor,
+        tree: DraftTree,
+        grammar_barrier: Callable[[], None] | None,
+    ) -> Walk:
+        bs, width = tree.tokens.shape
+        limit = depth_limit(batch, self.options.depth)
+        logits = output.next_token_logits
+        adjust_logits(logits.view(bs, width, -1), batch, tree.tokens[:, 0], limit, grammar_barrier)
+        if batch.return_logprob:
+            output.next_token_logits = logits.clone()  # sampling overwrites what it is given
+        sampled = sample_nodes(self.target, output, batch.sampling_info, positions, width)
+        walked = walk(tree, sampled, limit)
+        if batch.return_logprob:
+            output.next_token_logits = logits
+            rows = walked.nodes + torch.arange(0, bs * width, width, device=logits.device)[:, None]
+            compute_spec_logprobs(batch, output, sampled.flatten(), accept_index=rows)
+        return walked
+
+    def _commit(self, window: Window, tree: DraftTree, walked: Walk, features: Tensor) -> None:
+        """Move the accepted rows of the target's KV to the window's front, and write their features as draft KV."""
+        bs, width = tree.tokens.shape
+        if not self.options.chain:
+            source, destination = compaction(window.slots[:, :width], walked)
+            self.target.token_to_kv_pool.move_kv_cache(destination, source)
+        rows = walked.nodes + torch.arange(0, bs * width, width, device=features.device)[:, None]
+        kept = self._depths < walked.lens[:, None]
+        slots = torch.where(kept, window.slots[:, : self._depths.numel()], 0)
+        positions = window.prefix_lens[:, None] + self._depths
+        self.draft.write_context(features[rows.flatten()], positions.flatten(), slots.flatten())
+
+
+def _extend_positions(batch: Any) -> Tensor:
+    """Each prefilled token's position, [T] int64, from the host's lengths."""
+    device = batch.seq_lens.device
+    starts = [range(start, start + length) for start, length in zip(batch.prefix_lens, batch.extend_lens, strict=True)]
+    flat = [position for span in starts for position in span]
+    return torch.tensor(flat, dtype=torch.int64).to(device, non_blocking=True)
