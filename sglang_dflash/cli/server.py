@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import click
 import httpx
 from rich.console import Console
 
@@ -22,8 +23,8 @@ STOP_LIMIT = 15.0
 LOG_TAIL = 30  # lines shown of a server that failed
 
 
-class ServerError(RuntimeError):
-    """A server that did not start; the message ends with its log."""
+class ServerError(click.ClickException):
+    """A server that did not start; the message ends with its log, and is what the command line shows."""
 
 
 @contextmanager
