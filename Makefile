@@ -22,7 +22,7 @@ $(READY): pyproject.toml uv.lock | $(UV)
 
 # Into a folder of its own: Debian lets pip install nowhere else, and uv makes virtual environments by itself.
 .uv/bin/uv:
-	python3 -m pip install --quiet --target .uv uv
+	python3 -m pip install --quiet --root-user-action=ignore --target .uv uv
 
 clean:
 	rm -rf .venv .uv
