@@ -8,7 +8,7 @@ import torch
 
 
 def activate() -> str | None:
-    """Entry point of `sglang.srt.platforms`, called at every SGLang start: name our platform class, or stand aside.
+    """Entry point of `sglang.srt.platforms`, asked at every SGLang start for a platform class.
 
     Returns None where torch has a usable accelerator, or where the user asked for SGLang's own CPU engine.
     """

@@ -31,10 +31,10 @@ SPAN_TOKENS = 8192
 class Span:
     """Some requests of a forward pass with w query tokens each, and the L key slots they are padded to.
 
-    tokens: rows of the batch's queries, b*w of them. slots [b*L] int64. prefix_lens [b]: keys before the first
-    query token, which every query sees. query_pos [b, w] positions of the query tokens, and of the keys they
-    wrote. window_mask [b, w, w] bool: query i sees the key of query j; None: causal. padded: some request has
-    fewer than L keys.
+    tokens: rows of the batch's queries, b*w of them. slots [b*L] int64. prefix_lens [b]: keys before the
+    first query token, which every query sees. query_pos [b, w]: positions of the query tokens, and of the
+    keys they wrote. window_mask [b, w, w] bool: query i may see the key of query j (None: any), if the layer
+    is not causal or j <= i. padded: some request has fewer than L keys.
     """
 
     tokens: slice
@@ -60,25 +60,21 @@ class Span:
 
     def is_plainly_causal(self, sliding_window: int, bidirectional: bool) -> bool:
         """Whether query i sees exactly the first i+1 keys, which needs no mask tensor."""
-        return (
-            self.b == 1
-            and self.w > 1
-            and self.w == self.slots.numel()
-            and self.window_mask is None
-            and sliding_window < 0
-            and not bidirectional
-        )
+        whole_prompt = self.b == 1 and self.w == self.slots.numel()
+        return whole_prompt and self.window_mask is None and sliding_window < 0 and not bidirectional
 
-    def _build_mask(self, sliding_window: int, bidirectional: bool, dtype: torch.dtype) -> torch.Tensor | None:
-        if not self.padded and sliding_window < 0 and (bidirectional or self.w == 1) and self.window_mask is None:
+    def _build_mask(
+        self, sliding_window: int, bidirectional: bool, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        one_sees_all = self.w == 1 or (bidirectional and self.window_mask is None)
+        if one_sees_all and not self.padded and sliding_window < 0:
             return None
         b, w, key_count = self.b, self.w, self.slots.numel() // self.b
-        seen = (torch.arange(key_count) < self.prefix_lens[:, None])[:, None].repeat(1, w, 1)
+        window = torch.ones(b, w, w, dtype=torch.bool) if self.window_mask is None else self.window_mask
+        if not bidirectional:
+            window = window.tril()
         own = self.prefix_lens[:, None] + torch.arange(w)  # [b, w]: columns of the window's own keys
-        window = self.window_mask
-        if window is None:
-            window = torch.ones(w, w, dtype=torch.bool)
-            window = (window if bidirectional else window.tril()).expand(b, w, w)
+        seen = (torch.arange(key_count) < self.prefix_lens[:, None])[:, None].repeat(1, w, 1)
         seen.scatter_(2, own[:, None].expand(b, w, w), window)
         if sliding_window >= 0:
             key_pos = torch.arange(key_count).repeat(b, 1).scatter_(1, own, self.query_pos)
@@ -87,19 +83,20 @@ class Span:
 
 
 class PlainCpuAttnBackend(AttentionBackend):
-    """Decode, (chunked) extend and window passes for models with plain multi-head or grouped-query attention.
+    """Decode, (chunked) extend and window passes for models with multi-head or grouped-query attention.
 
     A window pass is a TARGET_VERIFY forward over w = `spec_info.draft_token_num` tokens a request after its
     committed prefix (`forward_batch.seq_lens`): token i sees the whole prefix and those window tokens j with
-    `spec_info.window_mask[b, i, j]` (bool [bs, w, w]; absent or None: causal).
+    `spec_info.window_mask[b, i, j]` (bool [bs, w, w]; absent or None: all). In a layer that is not
+    encoder-only, also j <= i: a tree's parents come before their children, so its mask loses nothing by it.
     """
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
         if model_runner.use_mla_backend:
             raise ValueError(
-                "attention backend plain_cpu has no multi-head latent attention (MLA), which this model uses; "
-                "serve it on an accelerator, or with SGLANG_USE_CPU_ENGINE=1"
+                "attention backend plain_cpu has no multi-head latent attention (MLA), which this model "
+                "uses; serve it on an accelerator, or with SGLANG_USE_CPU_ENGINE=1"
             )
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.kv_pool = model_runner.token_to_kv_pool
@@ -120,7 +117,9 @@ class PlainCpuAttnBackend(AttentionBackend):
         elif mode.is_target_verify():
             spec = forward_batch.spec_info
             window_mask = getattr(spec, "window_mask", None)
-            self.spans = self._even_spans(forward_batch, forward_batch.seq_lens, spec.draft_token_num, window_mask)
+            self.spans = self._even_spans(
+                forward_batch, forward_batch.seq_lens, spec.draft_token_num, window_mask
+            )
         else:
             self.spans = self._extend_spans(forward_batch)
         swa_loc = None
@@ -239,13 +238,14 @@ class PlainCpuAttnBackend(AttentionBackend):
 def _gather(buffer: torch.Tensor, slots: torch.Tensor, b: int, dtype: torch.dtype) -> torch.Tensor:
     """Rows of buffer [slots, kv_heads, head_dim] as [b, kv_heads, L, head_dim]."""
     rows = buffer.flatten(1).index_select(0, slots)
-    return rows.view(b, -1, *buffer.shape[1:]).transpose(1, 2).to(dtype)
+    rows = rows.view(b, -1, *buffer.shape[1:]).transpose(1, 2)
+    return rows if rows.dtype == dtype else rows.to(dtype)
 
 
 def _capped_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, cap: float
 ) -> torch.Tensor:
-    """Attention with scores squeezed into (-cap, cap) by tanh before the mask, which torch's own cannot do."""
+    """Attention with scores squeezed into (-cap, cap) by tanh, which torch's own does not have."""
     group = q.shape[1] // k.shape[1]
     scores = q @ k.repeat_interleave(group, dim=1).transpose(-1, -2)
     scores = torch.tanh(scores.float() * (scale / cap)) * cap

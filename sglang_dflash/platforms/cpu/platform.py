@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform as host
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from sglang.srt.arg_groups.choices import add_attention_backend_choices, add_draft_attention_backend_choices
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
 
@@ -21,6 +23,7 @@ DEFAULT_MEM_FRACTION = 0.4
 DEFAULT_MAX_TOTAL_TOKENS = 131_072
 DEFAULT_MAX_RUNNING_REQUESTS = 48
 DEFAULT_CHUNKED_PREFILL_SIZE = 2048
+OPENMP_SPINS = "1000"
 
 
 class PlainCpuPlatform(SRTPlatform):
@@ -30,6 +33,10 @@ class PlainCpuPlatform(SRTPlatform):
     device_name = "cpu"
     device_type = "cpu"
     capabilities = PlatformCapabilities()
+
+    def __init__(self) -> None:
+        add_attention_backend_choices([ATTENTION_BACKEND])
+        add_draft_attention_backend_choices([ATTENTION_BACKEND])
 
     def get_device(self, device_id: int | None = 0) -> str:
         return "cpu"
@@ -60,9 +67,6 @@ class PlainCpuPlatform(SRTPlatform):
     def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
         return torch.profiler.ProfilerActivity.CPU
 
-    def get_dispatch_key_name(self) -> str:
-        return ATTENTION_BACKEND
-
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
 
@@ -80,6 +84,12 @@ class PlainCpuPlatform(SRTPlatform):
             server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
         if server_args.chunked_prefill_size is None:
             server_args.chunked_prefill_size = DEFAULT_CHUNKED_PREFILL_SIZE
+        # The scheduler, the tokenizer and the client share the cores with the matrix products: whoever
+        # waits must sleep. A waiting OpenMP thread spins by default, which stalls a step tenfold as soon as
+        # another process wants its core. The scheduler inherits the setting.
+        server_args.sleep_on_idle = True
+        if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+            os.environ["GOMP_SPINCOUNT"] = OPENMP_SPINS
 
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND
@@ -111,10 +121,8 @@ class PlainCpuPlatform(SRTPlatform):
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
         from sglang_dflash.platforms.cpu.attention import PlainCpuAttnBackend
-        from sglang_dflash.platforms.cpu.ops import register_ops
 
         register_attention_backend(ATTENTION_BACKEND)(PlainCpuAttnBackend)
-        register_ops(self.get_dispatch_key_name())
 
     def post_load_model(self, model: torch.nn.Module) -> None:
         from sglang_dflash.platforms.cpu.linear import pack_linear_layers

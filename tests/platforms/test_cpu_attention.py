@@ -1,0 +1,197 @@
+"""The plain-CPU attention backend against attention written out one query at a time."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from sglang_dflash.platforms.cpu import attention
+from sglang_dflash.platforms.cpu.attention import PlainCpuAttnBackend
+from sglang_dflash.platforms.cpu.memory import CpuKVPool
+
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16
+POOL = 1024
+
+
+class World:
+    """Requests with known keys and values, some of them already in the pool."""
+
+    def __init__(self, prefix_lens: list[int], new_lens: list[int], page: int, **layer: object) -> None:
+        torch.manual_seed(len(prefix_lens) * 7 + page)
+        self.prefix_lens, self.new_lens = prefix_lens, new_lens
+        self.bs = len(prefix_lens)
+        self.lens = [p + n for p, n in zip(prefix_lens, new_lens, strict=True)]
+        self.layer = RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, layer_id=0, **layer)
+        self.pool = CpuKVPool(
+            POOL, page, torch.float32, KV_HEADS, HEAD_DIM, 1, "cpu", enable_memory_saver=False
+        )
+        self.req_to_token = torch.randint(0, POOL, (self.bs + 3, max(self.lens) + 5), dtype=torch.int32)
+        self.rows = torch.randperm(self.bs + 3)[: self.bs]
+        self.keys = [torch.randn(n, KV_HEADS, HEAD_DIM) for n in self.lens]
+        self.values = [torch.randn(n, KV_HEADS, HEAD_DIM) for n in self.lens]
+        self.queries = [torch.randn(n, HEADS, HEAD_DIM) for n in new_lens]
+        self.positions = [torch.arange(p, n) for p, n in zip(prefix_lens, self.lens, strict=True)]
+        # Slots in pages taken in a random order: never slot 0's page, which takes padding.
+        pages = (torch.randperm(POOL // page - 1) + 1).tolist()
+        self.slots = []
+        for row, n in zip(self.rows.tolist(), self.lens, strict=True):
+            own = [pages.pop() for _ in range(-(-n // page))]
+            slots = (torch.tensor(own)[:, None] * page + torch.arange(page)).flatten()[:n]
+            self.req_to_token[row, :n] = slots.to(torch.int32)
+            self.slots.append(slots)
+        for prefix, slots, k, v in zip(prefix_lens, self.slots, self.keys, self.values, strict=True):
+            self.pool.set_kv_buffer(self.layer, slots[:prefix], k[:prefix], v[:prefix])
+
+    def run(self, mode: ForwardMode, window_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The backend's output [new tokens, heads, head_dim]."""
+        prefix_lens, new_lens = torch.tensor(self.prefix_lens), torch.tensor(self.new_lens)
+        spec_info = None
+        if mode.is_target_verify():
+            spec_info = SimpleNamespace(draft_token_num=self.new_lens[0], window_mask=window_mask)
+        batch = SimpleNamespace(
+            forward_mode=mode,
+            batch_size=self.bs,
+            req_pool_indices=self.rows,
+            seq_lens=prefix_lens if mode.is_target_verify() else prefix_lens + new_lens,
+            extend_prefix_lens=prefix_lens,
+            extend_seq_lens=new_lens,
+            out_cache_loc=self._new(self.slots),
+            positions=torch.cat(self.positions),
+            spec_info=spec_info,
+        )
+        runner = SimpleNamespace(
+            use_mla_backend=False,
+            req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
+            token_to_kv_pool=self.pool,
+        )
+        backend = PlainCpuAttnBackend(runner)
+        backend.init_forward_metadata(batch)
+        q = torch.cat(self.queries).flatten(1)
+        out = backend.forward(q, self._new(self.keys), self._new(self.values), self.layer, batch)
+        return out.view(-1, HEADS, HEAD_DIM)
+
+    def _new(self, per_request: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([x[p:] for p, x in zip(self.prefix_lens, per_request, strict=True)])
+
+    def reference(self, window_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The same, one query and one head at a time, in float64."""
+        out = []
+        for b, prefix in enumerate(self.prefix_lens):
+            key_pos = torch.cat([torch.arange(prefix), self.positions[b]])
+            for i in range(self.new_lens[b]):
+                seen = self._seen(b, i, window_mask) & self._within(key_pos, self.positions[b][i])
+                out.append(torch.stack([self._head(b, i, h, seen) for h in range(HEADS)]))
+        return torch.stack(out).float()
+
+    def _seen(self, b: int, i: int, window_mask: torch.Tensor | None) -> torch.Tensor:
+        n, prefix = self.new_lens[b], self.prefix_lens[b]
+        window = torch.ones(n, dtype=torch.bool) if window_mask is None else window_mask[b, i].clone()
+        if self.layer.attn_type == AttentionType.DECODER:
+            window[i + 1 :] = False
+        return torch.cat([torch.ones(prefix, dtype=torch.bool), window])
+
+    def _within(self, key_pos: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        left = self.layer.sliding_window_size
+        return key_pos >= position - left if left >= 0 else torch.ones_like(key_pos, dtype=torch.bool)
+
+    def _head(self, b: int, i: int, h: int, seen: torch.Tensor) -> torch.Tensor:
+        group = h // (HEADS // KV_HEADS)
+        scores = self.keys[b][seen, group].double() @ self.queries[b][i, h].double() / math.sqrt(HEAD_DIM)
+        if self.layer.logit_cap > 0:
+            scores = self.layer.logit_cap * torch.tanh(scores / self.layer.logit_cap)
+        return scores.softmax(0) @ self.values[b][seen, group].double()
+
+
+def random_trees(bs: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ancestor masks [bs, w, w] and depths [bs, w] of random trees, parents before their children."""
+    mask, depth = torch.eye(w, dtype=torch.bool).repeat(bs, 1, 1), torch.zeros(bs, w, dtype=torch.int64)
+    for b in range(bs):
+        for i in range(1, w):
+            parent = int(torch.randint(0, i, ()))
+            mask[b, i] |= mask[b, parent]
+            depth[b, i] = depth[b, parent] + 1
+    return mask, depth
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+LAYERS = [
+    pytest.param({}, id="full"),
+    pytest.param({"sliding_window_size": 6}, id="sliding"),
+    pytest.param({"logit_cap": 0.5}, id="capped"),
+    pytest.param({"attn_type": AttentionType.ENCODER_ONLY}, id="bidirectional"),
+    pytest.param(
+        {"attn_type": AttentionType.ENCODER_ONLY, "sliding_window_size": 6}, id="bidirectional-sliding"
+    ),
+]
+pages = pytest.mark.parametrize("page", [1, 16])
+layers = pytest.mark.parametrize("layer", LAYERS)
+# Every request in one span, and a few requests a span.
+spans = pytest.mark.parametrize("span_tokens", [8192, 60])
+
+
+@pages
+@layers
+@pytest.mark.parametrize("prefix_lens", [[0, 0, 0], [17, 0, 40], [32]])
+def test_extend(page: int, layer: dict, prefix_lens: list[int]) -> None:
+    world = World(prefix_lens, [9, 23, 1][: len(prefix_lens)], page, **layer)
+    assert_same(world.run(ForwardMode.EXTEND), world.reference())
+
+
+@pages
+@layers
+@spans
+@pytest.mark.parametrize("prefix_lens", [[25], [25, 25], [3, 50, 17, 0, 33]])
+def test_decode(
+    page: int, layer: dict, span_tokens: int, prefix_lens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SPAN_TOKENS", span_tokens)
+    world = World(prefix_lens, [1] * len(prefix_lens), page, **layer)
+    assert_same(world.run(ForwardMode.DECODE), world.reference())
+
+
+@pages
+@layers
+@spans
+@pytest.mark.parametrize("w", [1, 7])
+@pytest.mark.parametrize("prefix_lens", [[25], [3, 50, 17, 0, 33]])
+def test_tree_window(
+    page: int, layer: dict, span_tokens: int, w: int, prefix_lens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SPAN_TOKENS", span_tokens)
+    world = World(prefix_lens, [w] * len(prefix_lens), page, **layer)
+    mask, depth = random_trees(world.bs, w)
+    world.positions = [p + d for p, d in zip(prefix_lens, depth, strict=True)]
+    assert_same(world.run(ForwardMode.TARGET_VERIFY, mask), world.reference(mask))
+
+
+@layers
+def test_window_without_a_mask(layer: dict) -> None:
+    world = World([25, 4], [6, 6], 1, **layer)
+    assert_same(world.run(ForwardMode.TARGET_VERIFY, None), world.reference())
+
+
+def test_a_sibling_is_not_seen() -> None:
+    # The control of the tests above: the mask matters, and a window without it says something else.
+    world = World([25], [7], 1)
+    mask, _ = random_trees(1, 7)
+    mask[0, 2, 1] = False
+    masked, causal = world.run(ForwardMode.TARGET_VERIFY, mask), world.run(ForwardMode.TARGET_VERIFY, None)
+    assert (masked[2] - causal[2]).abs().max() > 1e-2
+    assert_same(masked[0], causal[0])
+
+
+def test_features_it_does_not_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="latent attention"):
+        PlainCpuAttnBackend(SimpleNamespace(use_mla_backend=True))
+    world = World([3], [1], 1)
+    world.layer.is_cross_attention = True
+    with pytest.raises(ValueError, match="cross-attention"):
+        world.run(ForwardMode.DECODE)

@@ -1,0 +1,84 @@
+"""Where the plain-CPU platform is active, and what it tells SGLang."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_dflash.platforms import cpu
+
+
+@pytest.fixture(autouse=True)
+def no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SGLANG_USE_CPU_ENGINE", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def on_machine_with(accelerator: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = accelerator and torch.device(accelerator)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: device)
+
+
+def test_active_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_machine_with(None, monkeypatch)
+    assert cpu.activate() == "sglang_dflash.platforms.cpu.platform.PlainCpuPlatform"
+
+
+@pytest.mark.parametrize("accelerator", ["cuda", "xpu", "mps"])
+def test_stands_aside_for_an_accelerator(accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_machine_with(accelerator, monkeypatch)
+    assert cpu.activate() is None
+
+
+def test_stands_aside_for_sglangs_own_cpu_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_machine_with(None, monkeypatch)
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    assert cpu.activate() is None
+
+
+def server_args(**given: object) -> SimpleNamespace:
+    unset = dict.fromkeys(
+        ("mem_fraction_static", "max_total_tokens", "max_running_requests", "chunked_prefill_size")
+    )
+    defaults = {"attention_backend": "intel_amx", "dtype": "auto", "sleep_on_idle": False}
+    return SimpleNamespace(**(unset | defaults | given))
+
+
+def test_defaults_fill_only_what_was_not_given() -> None:
+    from sglang_dflash.platforms.cpu.platform import ATTENTION_BACKEND, PlainCpuPlatform
+
+    args = server_args()
+    PlainCpuPlatform().apply_server_args_defaults(args)
+    assert (args.attention_backend, args.dtype) == (ATTENTION_BACKEND, "float32")
+    assert None not in vars(args).values()
+
+    given = server_args(attention_backend="torch_native", dtype="bfloat16", max_total_tokens=7)
+    PlainCpuPlatform().apply_server_args_defaults(given)
+    assert (given.attention_backend, given.dtype, given.max_total_tokens) == ("torch_native", "bfloat16", 7)
+
+
+def test_openmp_waits_are_short_unless_the_user_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_dflash.platforms.cpu.platform import OPENMP_SPINS, PlainCpuPlatform
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    PlainCpuPlatform().apply_server_args_defaults(server_args())
+    assert os.environ["GOMP_SPINCOUNT"] == OPENMP_SPINS
+
+    monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
+    PlainCpuPlatform().apply_server_args_defaults(server_args())
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_speculation_is_dflash_on_its_own_backend() -> None:
+    from sglang_dflash.platforms.cpu.platform import ATTENTION_BACKEND, PlainCpuPlatform
+
+    platform = PlainCpuPlatform()
+    assert platform.supports_speculative_algorithm("DFLASH")
+    assert not platform.supports_speculative_algorithm("EAGLE")
+    assert platform.get_speculative_worker_cls("EAGLE") is None
+    assert platform.get_default_speculative_draft_attention_backend("DFLASH") == ATTENTION_BACKEND
+    assert platform.supports_speculative_draft_attention_backend("DFLASH", ATTENTION_BACKEND)
+    assert not platform.supports_speculative_draft_attention_backend("DFLASH", "flashinfer")
