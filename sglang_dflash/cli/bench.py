@@ -61,7 +61,7 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each server, alternating.")] = 3,
     prompts: Annotated[int, typer.Option(min=1, help="GSM8K questions a round.")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 96,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     own: Annotated[
         bool, typer.Option("--own", help="Also run SGLang's own DFLASH (needs an accelerator).")
