@@ -41,7 +41,9 @@ class StepMetrics:
         accepted = Counter(
             "sglang:dflash_accepted_drafts", "Draft tokens accepted, by depth.", [*names, "depth"]
         )
-        self._steps = Counter("sglang:dflash_steps", "Speculative steps, counted per request.", names).labels(**labels)
+        self._steps = Counter("sglang:dflash_steps", "Speculative steps, counted per request.", names).labels(
+            **labels
+        )
         self._accepted = [
             accepted.labels(**labels, depth=str(depth)) for depth in range(1, options.depth + 1)
         ]

@@ -15,11 +15,18 @@ from typing import Any
 from sglang_dflash import embedded
 from sglang_dflash.draft.checkpoint import check_tensors, tensor_shapes_on_disk
 from sglang_dflash.draft.config import DraftConfig
+from sglang_dflash.platforms.cpu.platform import ATTENTION_BACKEND
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_NODES = 15
 DEFAULT_DEPTH = 8
+ATTENTION_ARGUMENTS = (
+    "attention_backend",
+    "prefill_attention_backend",
+    "decode_attention_backend",
+    "speculative_draft_attention_backend",
+)
 TOP_K = 16  # candidates a position where the checkpoint names none
 
 
@@ -64,7 +71,9 @@ class Options:
         if nodes is None:
             nodes = min(DEFAULT_NODES, depth or DEFAULT_DEPTH, longest) if chain else DEFAULT_NODES
         if nodes < 0:
-            raise ValueError(f"--speculative-num-draft-tokens must be 0 (plain decoding) or more, got {nodes}")
+            raise ValueError(
+                f"--speculative-num-draft-tokens must be 0 (plain decoding) or more, got {nodes}"
+            )
         if depth is None:
             depth = longest if chain else min(longest, DEFAULT_DEPTH + nodes // 16)
         depth = min(depth, nodes)
@@ -101,8 +110,12 @@ def fill_in_embedded_pair(server_args: Any) -> None:
         pair = embedded.resolve(getattr(server_args, field))
         if pair is not None:
             setattr(server_args, field, str(pair.target if field == "model_path" else pair.draft))
-    if (server_args.speculative_algorithm or "").upper() == "DFLASH" and _is_embedded_target(server_args.model_path):
-        server_args.speculative_draft_model_path = server_args.speculative_draft_model_path or str(embedded.DRAFT)
+    if (server_args.speculative_algorithm or "").upper() == "DFLASH" and _is_embedded_target(
+        server_args.model_path
+    ):
+        server_args.speculative_draft_model_path = server_args.speculative_draft_model_path or str(
+            embedded.DRAFT
+        )
 
 
 def _is_embedded_target(path: str) -> bool:
@@ -125,11 +138,15 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
     if reason:
         logger.info("DFLASH: served by SGLang's own worker, because %s.", reason)
         return original(server_args)
+    _check_attention(server_args)
     chosen = Options.of(server_args)
     _check_draft(server_args, chosen.draft)
     logger.info(
         "DFLASH: %s of %d nodes, %d deep, drafted in blocks of %d.",
-        "chain" if chosen.chain else "tree", chosen.nodes, chosen.depth, chosen.block,
+        "chain" if chosen.chain else "tree",
+        chosen.nodes,
+        chosen.depth,
+        chosen.block,
     )
     # SGLang sizes slots, pools and metrics by these; what the user asked for stays readable on the record itself.
     declare_resolution(
@@ -141,6 +158,20 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         speculative_dflash_block_size=None,
     )
     return original(server_args)
+
+
+def _check_attention(server_args: Any) -> None:
+    """A backend that reads no window mask would let tree nodes see their siblings: wrong text, without a word."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    asked = resolving_view(server_args)
+    for name in ATTENTION_ARGUMENTS:
+        backend = getattr(asked, name)
+        if backend not in (None, ATTENTION_BACKEND):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {backend} (page size {asked.page_size}) cannot read a tree: on a CPU "
+                f"DFLASH needs {ATTENTION_BACKEND}, with any page size; leave the option out"
+            )
 
 
 def _check_draft(server_args: Any, draft: DraftConfig) -> None:
@@ -177,7 +208,11 @@ def reason_to_hand_over(server_args: Any) -> str:
 
 def _draft_config(server_args: Any) -> DraftConfig:
     path = server_args.speculative_draft_model_path
-    return DraftConfig.load(path) if Path(path).is_dir() else DraftConfig.from_dict(_config_dict(server_args, path))
+    return (
+        DraftConfig.load(path)
+        if Path(path).is_dir()
+        else DraftConfig.from_dict(_config_dict(server_args, path))
+    )
 
 
 def _config_dict(server_args: Any, path: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The DFLASH worker: one speculative step, from the last accepted tokens to the next.
 
-    features -> draft block -> lattice -> grow -> verify -> sample -> walk -> commit
-       ^                                                                     |
-       +------------- accepted tokens' features, written as draft KV <-------+
+features -> draft block -> lattice -> grow -> verify -> sample -> walk -> commit
+   ^                                                                     |
+   +------------- accepted tokens' features, written as draft KV <-------+
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ class DFlashWorker(BaseSpecWorker):
     # -- what SGLang sets up ---------------------------------------------------------------------------------------
 
     def alloc_memory_pool(
-        self, memory_pool_config: Any = None, req_to_token_pool: Any = None, token_to_kv_pool_allocator: Any = None
+        self,
+        memory_pool_config: Any = None,
+        req_to_token_pool: Any = None,
+        token_to_kv_pool_allocator: Any = None,
     ) -> None:
         with draft_tp_context(self.draft.layout):
             super().alloc_memory_pool(memory_pool_config, req_to_token_pool, token_to_kv_pool_allocator)
@@ -201,6 +204,9 @@ class DFlashWorker(BaseSpecWorker):
 def _extend_positions(batch: Any) -> Tensor:
     """Each prefilled token's position, [T] int64, from the host's lengths."""
     device = batch.seq_lens.device
-    starts = [range(start, start + length) for start, length in zip(batch.prefix_lens, batch.extend_lens, strict=True)]
+    starts = [
+        range(start, start + length)
+        for start, length in zip(batch.prefix_lens, batch.extend_lens, strict=True)
+    ]
     flat = [position for span in starts for position in span]
     return torch.tensor(flat, dtype=torch.int64).to(device, non_blocking=True)

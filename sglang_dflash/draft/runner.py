@@ -90,9 +90,7 @@ class DraftRunner:
 
     def _forward_batch(self, batch: Any, tokens: Tensor, window: Window) -> ForwardBatch:
         bs, block = tokens.shape
-        spec_info = window.input(
-            tokens, self._depths, self._mask.expand(bs, -1, -1), CaptureHiddenMode.NULL
-        )
+        spec_info = window.input(tokens, self._depths, self._mask.expand(bs, -1, -1), CaptureHiddenMode.NULL)
         host_lens = batch.seq_lens_cpu + block  # an upper bound: under overlap the host lags
         forward_batch = ForwardBatch(
             forward_mode=ForwardMode.TARGET_VERIFY,

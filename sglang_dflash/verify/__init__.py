@@ -1,1 +1,1 @@
-"""A step's tokens behind the committed prefix: reading them in one pass, sampling at each, keeping what was accepted."""
+"""What a step reads behind the committed prefix: in one pass, sampled at each node, kept where it was accepted."""

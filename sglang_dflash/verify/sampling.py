@@ -45,7 +45,11 @@ def _depends_on_history(req: Any) -> bool:
 
 
 def adjust_logits(
-    logits: Tensor, batch: Any, bonus_tokens: Tensor, limit: Tensor | None, grammar_barrier: Callable[[], None] | None
+    logits: Tensor,
+    batch: Any,
+    bonus_tokens: Tensor,
+    limit: Tensor | None,
+    grammar_barrier: Callable[[], None] | None,
 ) -> None:
     """Apply the batch's biases in place: logit bias at every node, what depends on history at the root alone.
 

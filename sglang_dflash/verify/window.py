@@ -41,7 +41,9 @@ class Window:
         """The next `width` slots of each request in the batch, allocated when the batch was prepared."""
         prefix_lens = batch.seq_lens
         columns = prefix_lens[:, None] + torch.arange(width, device=prefix_lens.device)
-        slots = runner.req_to_token_pool.req_to_token[batch.req_pool_indices[:, None], columns].to(torch.int64)
+        slots = runner.req_to_token_pool.req_to_token[batch.req_pool_indices[:, None], columns].to(
+            torch.int64
+        )
         plan = runner.kv_index_translator.plan(
             req_pool_indices=batch.req_pool_indices,
             seq_lens=prefix_lens,

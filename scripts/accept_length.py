@@ -1,0 +1,188 @@
+"""Accept lengths of a causal draft with a tied selector, computed offline from transformers, without SGLang.
+
+usage: accept_length.py TARGET DRAFT ANSWERS.json --tree NODES:DEPTH ... --chain DEPTH ...
+
+ANSWERS.json holds [{"prompt": token ids, "answer": token ids}], the target's own greedy answers. Each answer is walked
+as a server walks it: draft at the last emitted token, grow, follow the answer, go on where it leaves the tree. The
+last line printed is a JSON object {"tree 15": accept length, ...}.
+
+Everything here is written a second time, in plain torch and plain Python, to check the server by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from transformers import AutoModelForCausalLM
+
+
+class Draft:
+    """One draft checkpoint over one target. After `read`, `lattice` drafts at any token of the text read."""
+
+    def __init__(self, path: Path, target: torch.nn.Module) -> None:
+        self.raw = json.loads((path / "config.json").read_text())
+        tensors = {k: v.float() for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
+        self.w = {name.removesuffix(".weight"): tensor for name, tensor in tensors.items()}
+        self.extra = self.raw["dflash_config"]
+        assert self.extra["causal_head"], "this script reads causal drafts with a tied selector"
+        assert self.extra["selector_tied"], "this script reads causal drafts with a tied selector"
+        self.target = target
+        self.embedding, self.head = (
+            target.get_input_embeddings().weight,
+            target.get_output_embeddings().weight,
+        )
+        selector = "candidate_selector.{}_projection"
+        before = linear(self.embedding, self.w[selector.format("predecessor")])
+        self.before = rms_norm(before, before.shape[-1:], eps=self.extra["selector_eps"])
+        self.after = linear(self.head, self.w[selector.format("successor")])
+        self.gate = self.w[selector.format("hidden")]
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, x.shape[-1:], self.w[name], self.raw["rms_norm_eps"])
+
+    def heads(self, x: Tensor, name: str, positions: Tensor | None) -> Tensor:
+        """[heads, T, head_dim], rotated where positions are given."""
+        dim = self.raw["head_dim"]
+        y = linear(x, self.w[f"{name}_proj"]).view(len(x), -1, dim)
+        if positions is not None:
+            y = self.norm(y, f"{name}_norm")
+            angle = positions[:, None] / self.raw["rope_theta"] ** (torch.arange(0, dim, 2) / dim)
+            cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+            a, b = y.chunk(2, -1)
+            y = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        return y.transpose(0, 1)
+
+    def read(self, ids: list[int]) -> None:
+        """Make every layer's context keys and values of a whole text."""
+        states = self.target(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        features = torch.cat([states[i + 1][0] for i in self.extra["target_layer_ids"]], -1)
+        context = self.norm(linear(features, self.w["fc"]), "hidden_norm")
+        positions = torch.arange(len(ids))
+        layers = [f"layers.{i}.self_attn" for i in range(self.raw["num_hidden_layers"])]
+        self.context = [
+            (self.heads(context, f"{at}.k", positions), self.heads(context, f"{at}.v", None)) for at in layers
+        ]
+
+    def block(self, bonus: int, position: int, depth: int) -> Tensor:
+        """Final hidden states [depth, H] at the masks behind the bonus token at `position`."""
+        x = self.embedding[torch.tensor([bonus] + [self.extra["mask_token_id"]] * depth)]
+        positions = torch.arange(position, position + depth + 1)
+        seen = torch.ones(depth + 1, position + depth + 1, dtype=torch.bool).tril(position)
+        for i, (keys, values) in enumerate(self.context):
+            at = f"layers.{i}"
+            h = self.norm(x, f"{at}.input_layernorm")
+            k = torch.cat([keys[:, :position], self.heads(h, f"{at}.self_attn.k", positions)], 1)
+            v = torch.cat([values[:, :position], self.heads(h, f"{at}.self_attn.v", None)], 1)
+            q = self.heads(h, f"{at}.self_attn.q", positions)
+            out = scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+            x = x + linear(out.transpose(0, 1).flatten(1), self.w[f"{at}.self_attn.o_proj"])
+            h = self.norm(x, f"{at}.post_attention_layernorm")
+            gate, up = linear(h, self.w[f"{at}.mlp.gate_proj"]), linear(h, self.w[f"{at}.mlp.up_proj"])
+            x = x + linear(silu(gate) * up, self.w[f"{at}.mlp.down_proj"])
+        return self.norm(x, "norm")[1:]
+
+    def lattice(
+        self, bonus: int, position: int, depth: int
+    ) -> tuple[list[list[int]], list[list[list[float]]]]:
+        """Candidates [depth][K], and their log-probabilities [depth][predecessor][K]."""
+        hidden = self.block(bonus, position, depth)
+        logits = linear(hidden, self.head)
+        unary, tokens = logits.topk(self.extra["selector_top_k"], -1)
+        predecessors = torch.cat([torch.full_like(tokens[:1], bonus), tokens[:-1]])
+        queries = self.before[predecessors] * linear(hidden, self.gate)[:, None]
+        scores = unary[:, None] + queries @ self.after[tokens].transpose(1, 2)
+        share = unary.logsumexp(-1) - logits.logsumexp(-1)
+        return tokens.tolist(), (scores.log_softmax(-1) + share[:, None, None]).tolist()
+
+
+Path_ = tuple[int, ...]  # ranks of the candidates on the way from the root
+
+
+def grow(logp: list[list[list[float]]], nodes: int) -> set[Path_]:
+    """The `nodes` most probable paths, by a heap."""
+    tree: set[Path_] = set()
+    heap: list[tuple[float, Path_]] = [(-p, (rank,)) for rank, p in enumerate(logp[0][0])]
+    heapq.heapify(heap)
+    while len(tree) < nodes:
+        cost, path = heapq.heappop(heap)
+        tree.add(path)
+        if len(path) < len(logp):
+            for rank, p in enumerate(logp[len(path)][path[-1]]):
+                heapq.heappush(heap, (cost - p, (*path, rank)))
+    return tree
+
+
+def descend(logp: list[list[list[float]]]) -> set[Path_]:
+    """The chain by greedy descent, with all its beginnings."""
+    path: Path_ = ()
+    for row in logp:
+        scores = row[path[-1] if path else 0]
+        path = (*path, max(range(len(scores)), key=scores.__getitem__))
+    return {path[:i] for i in range(1, len(path) + 1)}
+
+
+def accepted(tree: set[Path_], tokens: list[list[int]], answer: list[int]) -> int:
+    """How many tokens of the answer the tree holds."""
+    path: Path_ = ()
+    for candidates, token in zip(tokens, answer, strict=False):
+        if token not in candidates or (*path, candidates.index(token)) not in tree:
+            break
+        path = (*path, candidates.index(token))
+    return len(path)
+
+
+def steps(
+    draft: Draft, prompt: list[int], answer: list[int], nodes: int | None, depth: int
+) -> tuple[int, int]:
+    """Verify steps that one answer takes, and the drafts they accept. nodes None: the chain."""
+    at, count, total = 0, 0, 0  # `at`: place of the bonus token in the answer
+    while at + 1 < len(answer):
+        tokens, logp = draft.lattice(answer[at], len(prompt) + at, depth)
+        tree = descend(logp) if nodes is None else grow(logp, nodes)
+        passed = accepted(tree, tokens, answer[at + 1 :])
+        count, total, at = count + 1, total + passed, at + passed + 1
+    return count, total
+
+
+@torch.inference_mode()
+def accept_lengths(
+    target: Path, draft: Path, rows: list[dict[str, list[int]]], kinds: dict[str, tuple[int | None, int]]
+) -> dict[str, float]:
+    """Accept length by kind; kinds: name -> (nodes, or None for a chain; depth)."""
+    drafter = Draft(draft, AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval())
+    sums = {name: [0, 0] for name in kinds}
+    for row in rows:
+        drafter.read(row["prompt"] + row["answer"])
+        for name, (nodes, depth) in kinds.items():
+            count, total = steps(drafter, row["prompt"], row["answer"], nodes, depth)
+            sums[name] = [sums[name][0] + count, sums[name][1] + total]
+    return {name: 1 + total / count for name, (count, total) in sums.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", type=Path)
+    parser.add_argument("draft", type=Path)
+    parser.add_argument("answers", type=Path)
+    parser.add_argument("--tree", nargs="*", default=["7:7", "15:8", "31:9"], metavar="NODES:DEPTH")
+    parser.add_argument("--chain", nargs="*", type=int, default=[7], metavar="DEPTH")
+    args = parser.parse_args()
+    kinds: dict[str, tuple[int | None, int]] = {f"chain {depth}": (None, depth) for depth in args.chain}
+    for tree in args.tree:
+        nodes, depth = map(int, tree.split(":"))
+        kinds[f"tree {nodes}"] = (nodes, depth)
+    lengths = accept_lengths(args.target, args.draft, json.loads(args.answers.read_text()), kinds)
+    print(json.dumps({name: round(length, 3) for name, length in lengths.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Real servers on this machine, and what plain decoding says: the truth that every other server is held to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from client import Body, generate
+from prompts import SETTINGS, chats, long_chats
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sglang_dflash import embedded
+from sglang_dflash.cli.server import serving
+
+SHORT_TOKENS, LONG_TOKENS = 96, 32
+
+Serve = Callable[..., AbstractContextManager[str]]
+
+
+@pytest.fixture(scope="session")
+def pair() -> embedded.Pair:
+    return embedded.ensure()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(pair: embedded.Pair) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(pair.target)
+
+
+@pytest.fixture(scope="session")
+def serve(pair: embedded.Pair) -> Serve:
+    """serve(*args, env=None): a plain server. serve.dflash: one with the embedded draft."""
+
+    @contextmanager
+    def run(*args: str, env: dict[str, str] | None = None) -> Iterator[str]:
+        base = ["--model-path", str(pair.target), "--log-level", "warning"]
+        with serving(" ".join(args), [*base, *args], Console(stderr=True, quiet=True), env) as url:
+            yield url
+
+    return run
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Greedy answers without speculation: to 64 short and 16 long prompts, and to one prompt in many settings."""
+
+    short: list[Body]
+    long: list[Body]
+    settings: list[Body]
+
+
+@pytest.fixture(scope="session")
+def short_bodies(tokenizer: PreTrainedTokenizerBase) -> list[Body]:
+    return [_greedy(ids, SHORT_TOKENS) for ids in chats(tokenizer)]
+
+
+@pytest.fixture(scope="session")
+def long_bodies(tokenizer: PreTrainedTokenizerBase) -> list[Body]:
+    return [_greedy(ids, LONG_TOKENS) for ids in long_chats(tokenizer)]
+
+
+@pytest.fixture(scope="session")
+def plain(
+    serve: Serve, short_bodies: list[Body], long_bodies: list[Body], tmp_path_factory: pytest.TempPathFactory
+) -> Plain:
+    """What a server without speculation answers. Logprobs come along, to tell a tie from an error."""
+    with serve("--enable-custom-logit-processor") as url:
+        settings = generate(url, [{**short_bodies[0], **setting} for setting in SETTINGS.values()], 4)
+        asked = [{**b, "return_logprob": True, "top_logprobs_num": 2} for b in (*short_bodies, *long_bodies)]
+        answers = generate(url, asked, 32)
+    return Plain(answers[: len(short_bodies)], answers[len(short_bodies) :], settings)
+
+
+@pytest.fixture(scope="session")
+def known_answers(plain: Plain, short_bodies: list[Body], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The short prompts' greedy answers as a file: [{"prompt": ids, "answer": ids}]."""
+    file = tmp_path_factory.mktemp("known") / "answers.json"
+    rows = [
+        {"prompt": b["input_ids"], "answer": a["output_ids"]}
+        for b, a in zip(short_bodies, plain.short, strict=True)
+    ]
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def _greedy(ids: list[int], tokens: int) -> Body:
+    return {"input_ids": ids, "sampling_params": {"temperature": 0, "max_new_tokens": tokens}}

@@ -1,0 +1,60 @@
+"""An SGLang plug-in for tests: puts a draft that knows the answers, or a bug, into a server that has this folder on
+its PYTHONPATH. DFLASH_PLANT says which: the path of a file of known answers, or "prefer the draft".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+K = 16
+
+
+def register() -> None:
+    if os.environ["DFLASH_PLANT"] == "prefer the draft":
+        HookRegistry.register("sglang_dflash.worker.walk", walk_preferring_the_draft, HookType.AROUND)
+    else:
+        HookRegistry.register(
+            "sglang_dflash.draft.runner.DraftRunner.draft", draft_from_answers, HookType.REPLACE
+        )
+
+
+def walk_preferring_the_draft(walk: Any, tree: Any, sampled: torch.Tensor, limit: Any) -> Any:
+    """The planted bug: at a node whose best child the draft finds likely, the child counts as sampled."""
+    sampled = sampled.clone()
+    for node in reversed(
+        range(1, tree.tokens.shape[1])
+    ):  # a node's best child comes first, so is written last
+        parent = tree.parents[:, node : node + 1]
+        likely = tree.logp[:, node : node + 1] - tree.logp.gather(1, parent) > -1.2
+        token = torch.where(likely, tree.tokens[:, node : node + 1], sampled.gather(1, parent))
+        sampled.scatter_(1, parent, token)
+    return walk(tree, sampled, limit)
+
+
+@cache
+def known() -> dict[tuple[int, ...], tuple[list[int], bool]]:
+    """Prompt -> its answer, and whether the draft is to be right (else always wrong)."""
+    rows = json.loads(Path(os.environ["DFLASH_PLANT"]).read_text())
+    return {tuple(row["prompt"]): (row["answer"], i % 2 == 0) for i, row in enumerate(rows)}
+
+
+def draft_from_answers(self: Any, batch: Any, bonus_tokens: torch.Tensor, window: Any) -> Any:
+    from sglang_dflash.tree import Lattice
+
+    depth, vocab = self.options.depth, self.options.draft.vocab_size
+    tokens = torch.empty(len(batch.reqs), depth, K, dtype=torch.int64)
+    for row, req in enumerate(batch.reqs):
+        answer, right = known()[tuple(req.origin_input_ids)]
+        at = int(window.prefix_lens[row]) - len(req.origin_input_ids)  # the bonus token's place in the answer
+        coming = (answer[at + 1 :] + [0] * depth)[:depth]
+        tokens[row] = (torch.tensor(coming)[:, None] + torch.arange(K) + (not right)) % vocab
+    logp = torch.full((len(batch.reqs), depth, 1, K), -9.0)
+    logp[..., 0] = -0.01
+    return Lattice(tokens, logp)

@@ -1,0 +1,77 @@
+"""What the servers under test are asked."""
+
+from __future__ import annotations
+
+import json
+
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sglang_dflash.cli.load import chat_ids, gsm8k
+
+SHORT, LONG = 64, 16
+
+
+def chats(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """GSM8K questions as chats."""
+    return [chat_ids(tokenizer, question) for question in gsm8k(SHORT)]
+
+
+def long_chats(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Chats of 1,500 tokens and more: a list of questions to read, and one of them to answer."""
+    questions = gsm8k(SHORT + LONG * 20)
+    prompts = []
+    for i in range(LONG):
+        listed = questions[SHORT + 20 * i : SHORT + 20 * (i + 1)]
+        numbered = "\n".join(f"{n}. {question}" for n, question in enumerate(listed, start=1))
+        prompts.append(chat_ids(tokenizer, f"Here are some problems.\n{numbered}\nSolve problem {i + 1}."))
+    return prompts
+
+
+class Forbid(CustomLogitProcessor):
+    """Forbids the tokens named in the request."""
+
+    def __call__(self, logits: Tensor, custom_param_list: list[dict[str, list[int]]] | None = None) -> Tensor:
+        for row, params in enumerate(custom_param_list or []):
+            logits[row, params["tokens"]] = -float("inf")
+        return logits
+
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "integer"}, "unit": {"type": "string", "maxLength": 12}},
+    "required": ["answer", "unit"],
+}
+
+
+def _params(**values: object) -> dict[str, object]:
+    return {"sampling_params": {"temperature": 0, "max_new_tokens": 48, **values}}
+
+
+# Every greedy setting that must give what plain decoding gives: name -> changes of the body.
+SETTINGS: dict[str, dict[str, object]] = {
+    "frequency penalty": _params(frequency_penalty=0.7),
+    "presence penalty": _params(presence_penalty=0.9),
+    "repetition penalty": _params(repetition_penalty=1.3),
+    "fewest tokens": _params(min_new_tokens=40, stop=["."]),
+    "logit bias": _params(logit_bias={"28": -100.0, "30": -100.0}),
+    "json schema": _params(json_schema=json.dumps(_SCHEMA)),
+    "regex": _params(regex=r"(Yes|No), because [a-z ]{5,40}\."),
+    "stop string": _params(stop=["per day"]),
+    "stop token": _params(stop_token_ids=[30]),
+    "end ignored": _params(ignore_eos=True, max_new_tokens=400),
+    "one token": _params(max_new_tokens=1),
+    "two tokens": _params(max_new_tokens=2),
+    "custom processor": {
+        **_params(custom_params={"tokens": [28, 30, 198]}),
+        "custom_logit_processor": Forbid.to_str(),
+    },
+    "log-probabilities": {**_params(), "return_logprob": True, "top_logprobs_num": 5},
+    "log-probabilities of the prompt": {
+        **_params(),
+        "return_logprob": True,
+        "logprob_start_len": 3,
+        "token_ids_logprob": [28, 30],
+    },
+}

@@ -1,0 +1,130 @@
+"""Every request setting, on one default server: the same answer as plain decoding, and SGLang's own clients."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from client import Body, generate
+from conftest import Plain, Serve
+from openai import AsyncOpenAI
+from prompts import SETTINGS
+
+from sglang_dflash.cli.load import gsm8k
+
+
+@pytest.fixture(scope="module")
+def server(serve: Serve, plain: Plain) -> Iterator[str]:
+    # Name and draft as a user gives them; --enable-metrics is what serves /metrics.
+    with serve(
+        "--speculative-algorithm", "DFLASH", "--model-path", "smollm2-135m",
+        "--enable-metrics", "--enable-custom-logit-processor",
+    ) as url:  # fmt: skip
+        yield url
+
+
+@pytest.fixture(scope="module")
+def answers(server: str, short_bodies: list[Body]) -> dict[str, Body]:
+    """All settings at once, so that each shares its batches with the others."""
+    bodies = [{**short_bodies[0], **setting} for setting in SETTINGS.values()]
+    return dict(zip(SETTINGS, generate(server, bodies, len(bodies)), strict=True))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_setting_answers_as_plain_decoding(name: str, answers: dict[str, Body], plain: Plain) -> None:
+    truth = plain.settings[list(SETTINGS).index(name)]
+    assert answers[name]["output_ids"] == truth["output_ids"]
+    assert answers[name]["text"] == truth["text"]
+    assert answers[name]["meta_info"]["finish_reason"] == truth["meta_info"]["finish_reason"]
+
+
+def test_settings_change_the_text(plain: Plain) -> None:
+    """The settings above bite: else their test could not fail."""
+    texts = {name: answer["text"] for name, answer in zip(SETTINGS, plain.settings, strict=True)}
+    greedy = texts["log-probabilities"]
+    for name in (
+        "frequency penalty",
+        "presence penalty",
+        "repetition penalty",
+        "logit bias",
+        "json schema",
+        "regex",
+    ):
+        assert not texts[name].startswith(greedy[:60]), name
+
+
+@pytest.mark.parametrize("name", ["log-probabilities", "log-probabilities of the prompt"])
+def test_log_probabilities_are_those_of_plain_decoding(
+    name: str, answers: dict[str, Body], plain: Plain
+) -> None:
+    truth = plain.settings[list(SETTINGS).index(name)]["meta_info"]
+    got = answers[name]["meta_info"]
+    kinds = [kind for kind in truth if kind.endswith("logprobs") and truth[kind]]
+    assert "output_token_logprobs" in kinds
+    for kind in kinds:
+        assert flat(got[kind]) == pytest.approx(flat(truth[kind]), abs=2e-3), kind
+
+
+def flat(entries: list) -> list[float]:
+    """Numbers of nested (logprob, token, text) entries; a missing logprob counts as 0."""
+    if entries and not isinstance(entries[0], list | tuple):
+        return [entries[0] or 0.0, float(entries[1])]
+    return [number for entry in entries if entry for number in flat(entry)]
+
+
+def test_parallel_sampling_gives_as_many_answers(server: str, short_bodies: list[Body]) -> None:
+    params = {"temperature": 1.0, "max_new_tokens": 24, "n": 5}
+    (answers,) = generate(server, [{**short_bodies[1], "sampling_params": params}], 1)
+    assert len({answer["text"] for answer in answers}) > 1
+    assert len(answers) == 5
+
+
+def test_eight_streaming_chats_at_once(server: str) -> None:
+    async def chat(client: AsyncOpenAI, question: str) -> tuple[str, str]:
+        messages = [{"role": "user", "content": question}]
+        options = {"model": "smollm2-135m", "messages": messages, "temperature": 0, "max_tokens": 48}
+        whole = await client.chat.completions.create(**options)
+        stream = await client.chat.completions.create(**options, stream=True)
+        parts = [chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]
+        assert len(parts) > 4
+        return whole.choices[0].message.content, "".join(parts)
+
+    async def run() -> list[tuple[str, str]]:
+        async with AsyncOpenAI(base_url=f"{server}/v1", api_key="none") as client:
+            return await asyncio.gather(*(chat(client, question) for question in gsm8k(8)))
+
+    pairs = asyncio.run(run())
+    assert all(whole == streamed and len(whole) > 40 for whole, streamed in pairs)
+
+
+def test_metrics_count_what_was_accepted(server: str, short_bodies: list[Body]) -> None:
+    before = metrics(server)
+    (answer,) = generate(
+        server, [{**short_bodies[2], "sampling_params": {"temperature": 0, "max_new_tokens": 64}}], 1
+    )
+    meta, after = answer["meta_info"], metrics(server)
+    assert meta["spec_accept_length"] == pytest.approx(meta["completion_tokens"] / meta["spec_verify_ct"])
+    drafts = {name: after[name] - before.get(name, 0) for name in after if "accepted_drafts_total" in name}
+    assert sum(drafts.values()) == meta["spec_num_correct_drafts"]
+    by_depth = [value for _, value in sorted(drafts.items(), key=lambda item: depth(item[0]))]
+    assert by_depth == sorted(by_depth, reverse=True)
+    steps = next(name for name in after if name.startswith("sglang:dflash_steps_total"))
+    assert after[steps] - before.get(steps, 0) == meta["spec_verify_ct"]
+    assert {'part="draft"', 'part="verify"', 'part="other"'} == {
+        re.search(r'part="\w+"', name)[0] for name in after if "step_seconds_total" in name
+    }
+    assert next(value for name, value in after.items() if "dflash_tree_nodes" in name) == 15
+
+
+def metrics(server: str) -> dict[str, float]:
+    lines = httpx.get(f"{server}/metrics").text.splitlines()
+    return {
+        line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("sglang:")
+    }
+
+
+def depth(name: str) -> int:
+    return int(re.search(r'depth="(\d+)"', name)[1])

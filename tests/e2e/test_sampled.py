@@ -1,0 +1,74 @@
+"""Sampled text has the target's own distribution, by a chi-square test against its exact probabilities."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from client import accept_length, generate
+from conftest import Serve
+from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from sglang_dflash import embedded
+from sglang_dflash.cli.load import chat_ids
+
+SAMPLES, LENGTH = 4000, 4
+QUESTION = "Pick a number from one to ten and a colour. Answer with the two words only."
+PLANT = Path(__file__).with_name("plant")
+
+TREE = "--speculative-num-draft-tokens 7 --random-seed 1"
+CHAIN = "--speculative-num-draft-tokens 3 --speculative-eagle-topk 1 --page-size 16 --random-seed 1"
+
+
+@pytest.fixture(scope="module")
+def prompt(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return chat_ids(tokenizer, QUESTION)
+
+
+@pytest.fixture(scope="module")
+def exact(pair: embedded.Pair, prompt: list[int]) -> dict[tuple[int, ...], float]:
+    """Probability of every first-4-tokens continuation that is expected 8 times or more; the rest is one cell."""
+    model = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32).eval()
+    beams: dict[tuple[int, ...], float] = {(): 0.0}
+    for _ in range(LENGTH):
+        grown = {}
+        for batch in _chunks(list(beams), 64):
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + list(path) for path in batch])).logits[:, -1]
+            for path, logp in zip(batch, logits.log_softmax(-1), strict=True):
+                likely = (logp + beams[path] > math.log(8 / SAMPLES)).nonzero()[:, 0].tolist()
+                grown.update({(*path, token): beams[path] + float(logp[token]) for token in likely})
+        beams = grown
+    return {path: math.exp(logp) for path, logp in beams.items()}
+
+
+@pytest.mark.parametrize(("args", "planted"), [(TREE, False), (CHAIN, False), (TREE, True)])
+def test_first_tokens_are_distributed_as_the_target_says(
+    args: str, planted: bool, serve: Serve, prompt: list[int], exact: dict[tuple[int, ...], float]
+) -> None:
+    assert len(exact) >= 12
+    assert 0.05 < 1 - sum(exact.values()) < 0.7
+    env = {"PYTHONPATH": str(PLANT), "DFLASH_PLANT": "prefer the draft"} if planted else None
+    body = {
+        "input_ids": prompt,
+        "sampling_params": {"temperature": 1.0, "max_new_tokens": LENGTH, "ignore_eos": True},
+    }
+    with serve("--speculative-algorithm", "DFLASH", *args.split(), env=env) as url:
+        answers = generate(url, [body] * SAMPLES, 48)
+    assert accept_length(answers) > 1.15  # drafts were accepted, so they had their chance to be wrong
+    counts = dict.fromkeys(exact, 0)
+    for answer in answers:
+        path = tuple(answer["output_ids"])
+        if path in counts:
+            counts[path] += 1
+    observed = [*counts.values(), SAMPLES - sum(counts.values())]
+    expected = [SAMPLES * p for p in exact.values()]
+    p = chisquare(observed, [*expected, SAMPLES - sum(expected)]).pvalue
+    assert p < 1e-6 if planted else p > 0.001, f"p = {p:.2g}"
+
+
+def _chunks(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -1,0 +1,80 @@
+"""A small pool, many kinds of requests, clients that leave: every answer right, and not a slot lost."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import Any
+
+import httpx
+from client import Body
+from conftest import Plain, Serve
+
+REQUESTS = 500
+POOL = 4096  # tokens; the requests running at once want more
+
+
+def test_five_hundred_mixed_requests(serve: Serve, plain: Plain, short_bodies: list[Body]) -> None:
+    with serve(
+        "--speculative-algorithm", "DFLASH", "--speculative-num-draft-tokens", "3", "--page-size", "16",
+        "--max-total-tokens", str(POOL), "--max-running-requests", "24", "--schedule-conservativeness", "0.01",
+        "--chunked-prefill-size", "256", "--enable-mixed-chunk", "--enable-metrics",
+    ) as url:  # fmt: skip
+        wrong, left = asyncio.run(_load(url, plain, short_bodies))
+        assert not wrong
+        assert left > 20
+        _wait_until_idle(url)
+        assert _metric(url, "sglang:num_retracted_requests_total") > 0
+        httpx.post(f"{url}/flush_cache").raise_for_status()
+        # The whole pool is free again: a prompt of nearly its size fits.
+        long = {"input_ids": [300] * (POOL - 300), "sampling_params": {"temperature": 0, "max_new_tokens": 8}}
+        answer = httpx.post(f"{url}/generate", json=long, timeout=600).json()
+        assert answer["meta_info"]["completion_tokens"] == 8
+        assert _metric(url, "sglang:num_used_tokens") <= POOL
+
+
+async def _load(url: str, plain: Plain, short_bodies: list[Body]) -> tuple[list[Any], int]:
+    """Send the requests; gives what was answered wrongly, and how many clients left early."""
+    rng = random.Random(0)
+    turn = asyncio.Semaphore(48)
+    wrong: list[Any] = []
+    left = 0
+
+    async def one(client: httpx.AsyncClient) -> None:
+        nonlocal left
+        i = rng.randrange(len(short_bodies))
+        tokens, kind = rng.randint(1, 64), rng.choice(["greedy"] * 4 + ["sampled", "penalty", "leaves"])
+        params = {"temperature": 1.0 if kind == "sampled" else 0, "max_new_tokens": tokens}
+        if kind == "penalty":
+            params["frequency_penalty"] = 0.5
+        patience = 0.5 + 2 * rng.random() if kind == "leaves" else 600
+        body = {"input_ids": short_bodies[i]["input_ids"], "sampling_params": params}
+        async with turn:
+            try:
+                answer = (await client.post("/generate", json=body, timeout=patience)).json()
+            except httpx.ReadTimeout:
+                left += 1
+                return
+        expected = plain.short[i]["output_ids"][:tokens]
+        if kind in ("greedy", "leaves") and answer["output_ids"] != expected:
+            wrong.append((i, tokens, answer["output_ids"], expected))
+        if not 1 <= len(answer["output_ids"]) <= tokens:
+            wrong.append((i, tokens, answer))
+
+    async with httpx.AsyncClient(base_url=url, limits=httpx.Limits(max_connections=None)) as client:
+        await asyncio.gather(*(one(client) for _ in range(REQUESTS)))
+    return wrong, left
+
+
+def _wait_until_idle(url: str) -> None:
+    """SGLang checks its pools for leaks whenever it falls idle, and dies of one."""
+    deadline = time.monotonic() + 120
+    while _metric(url, "sglang:num_running_reqs") + _metric(url, "sglang:num_queue_reqs") > 0:
+        assert time.monotonic() < deadline, "requests still running after all answers"
+        time.sleep(1)
+
+
+def _metric(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
