@@ -88,9 +88,7 @@ class Draft:
             x = x + linear(silu(gate) * up, self.w[f"{at}.mlp.down_proj"])
         return self.norm(x, "norm")[1:]
 
-    def lattice(
-        self, bonus: int, position: int, depth: int
-    ) -> tuple[list[list[int]], list[list[list[float]]]]:
+    def lattice(self, bonus: int, position: int, depth: int) -> tuple[list[list[int]], list[list[list[float]]]]:
         """Candidates [depth][K], and their log-probabilities [depth][predecessor][K]."""
         hidden = self.block(bonus, position, depth)
         logits = linear(hidden, self.head)
@@ -138,9 +136,7 @@ def accepted(tree: set[Path_], tokens: list[list[int]], answer: list[int]) -> in
     return len(path)
 
 
-def steps(
-    draft: Draft, prompt: list[int], answer: list[int], nodes: int | None, depth: int
-) -> tuple[int, int]:
+def steps(draft: Draft, prompt: list[int], answer: list[int], nodes: int | None, depth: int) -> tuple[int, int]:
     """Verify steps that one answer takes, and the drafts they accept. nodes None: the chain."""
     at, count, total = 0, 0, 0  # `at`: place of the bonus token in the answer
     while at + 1 < len(answer):
@@ -167,9 +163,7 @@ def accept_lengths(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path)
     parser.add_argument("draft", type=Path)
     parser.add_argument("answers", type=Path)

@@ -1,6 +1,6 @@
 """Held-out accept lengths of saved drafts, offline.
 
-    python scripts/evaluate_draft.py TARGET held-out/ DRAFT [DRAFT ...]
+python scripts/evaluate_draft.py TARGET held-out/ DRAFT [DRAFT ...]
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ def expanded(draft: Draft, target: Target) -> Draft:
     free = twin.candidate_selector
     assert isinstance(free, FreeSelector)
     with torch.no_grad():
-        for book, values in zip((free.predecessor_codebook, free.successor_codebook), tied.codebooks(target), strict=True):
+        for book, values in zip(
+            (free.predecessor_codebook, free.successor_codebook), tied.codebooks(target), strict=True
+        ):
             book.copy_(values)
         free.hidden_projection.weight.copy_(tied.hidden_projection.weight)
     return twin

@@ -46,7 +46,9 @@ def main(
     out: Annotated[Path, typer.Argument(help="where shards and manifest go")],
     chunks: Annotated[int, typer.Option(help="shards to make")] = 4,
     chunk: Annotated[int, typer.Option(help="synthetic prompts tried a shard")] = 32768,
-    given: Annotated[list[Path] | None, typer.Option(help=".jsonl with a prompt or question a line; repeatable")] = None,
+    given: Annotated[
+        list[Path] | None, typer.Option(help=".jsonl with a prompt or question a line; repeatable")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="times each given prompt is answered: greedily, at 0.7, at 1, ...")] = 3,
     held_out: Annotated[list[Path] | None, typer.Option(help=".jsonl of prompts to keep out; repeatable")] = None,
     answers_only: Annotated[bool, typer.Option(help="answer the given prompts greedily, for evaluation")] = False,
@@ -78,7 +80,8 @@ def main(
                 write_shard(shard, making.chunk(number, chunk, prompts[number::chunks]))
                 console.print(f"{shard} done", highlight=False)
         sources = synth.SOURCES
-    manifest(out, target, sources, dict(seed=seed, engine=engine, chunk=chunk, repeats=repeats, greedy=answers_only))
+    run = {"seed": seed, "engine": engine, "chunk": chunk, "repeats": repeats, "greedy": answers_only}
+    manifest(out, target, sources, run)
 
 
 def start(name: str, target: Path, slots: int) -> Engine:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 # Compiled, these build neither dense scores nor a dense mask.
 _compiled_flex = torch.compile(flex_attention, dynamic=False)

@@ -104,7 +104,10 @@ def pack(answers: Answers, documents: np.ndarray, rows: int, width: int) -> tupl
         if row == rows:
             break
         here = slice(at, at + size)
-        tokens[row, here], answer[row, here] = answers.tokens[begin : begin + size], answers.answer[begin : begin + size]
+        tokens[row, here], answer[row, here] = (
+            answers.tokens[begin : begin + size],
+            answers.answer[begin : begin + size],
+        )
         starts[row, here], which[row, here] = at, document
         at, used = at + size, used + 1
     if row < rows:

@@ -3,46 +3,41 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch for CPUs alone comes without it, and there the plain form below serves
-    triton = None
 
-if triton is not None:
-
-    @triton.jit
-    def _kernel(
-        q_ptr, k_ptr, v_ptr, lens_ptr, out_ptr, scale, width,
-        HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        # One program a slot and key head, its query heads as the rows of one small matrix (padded to GROUP).
-        slot, kv = tl.program_id(0), tl.program_id(1)
-        rep: tl.constexpr = HEADS // KV_HEADS
-        g, d, n = tl.arange(0, GROUP), tl.arange(0, D), tl.arange(0, BLOCK)
-        rows = (slot * HEADS + kv * rep + g[:, None]) * D + d[None, :]
-        q = tl.load(q_ptr + rows, mask=g[:, None] < rep, other=0.0)
-        length = tl.load(lens_ptr + slot)
-        base = (slot.to(tl.int64) * width * KV_HEADS + kv) * D
-        best = tl.full((GROUP,), -float("inf"), tl.float32)
-        total = tl.zeros((GROUP,), tl.float32)
-        acc = tl.zeros((GROUP, D), tl.float32)
-        for start in range(0, length, BLOCK):
-            at = start + n
-            there = at[:, None] < length
-            cells = base + at[:, None] * (KV_HEADS * D) + d[None, :]
-            k = tl.load(k_ptr + cells, mask=there, other=0.0)
-            v = tl.load(v_ptr + cells, mask=there, other=0.0)
-            score = tl.where((at < length)[None, :], tl.dot(q, tl.trans(k)) * scale, -float("inf"))
-            new_best = tl.maximum(best, tl.max(score, 1))
-            p = tl.exp(score - new_best[:, None])
-            shrink = tl.exp(best - new_best)
-            total = total * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
-            best = new_best
-        tl.store(out_ptr + rows, (acc / total[:, None]).to(q.dtype), mask=g[:, None] < rep)
+@triton.jit
+def _kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, lens_ptr, out_ptr, scale, width,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One program a slot and key head, its query heads as the rows of one small matrix (padded to GROUP).
+    slot, kv = tl.program_id(0), tl.program_id(1)
+    rep: tl.constexpr = HEADS // KV_HEADS
+    g, d, n = tl.arange(0, GROUP), tl.arange(0, D), tl.arange(0, BLOCK)
+    rows = (slot * HEADS + kv * rep + g[:, None]) * D + d[None, :]
+    q = tl.load(q_ptr + rows, mask=g[:, None] < rep, other=0.0)
+    length = tl.load(lens_ptr + slot)
+    base = (slot.to(tl.int64) * width * KV_HEADS + kv) * D
+    best = tl.full((GROUP,), -float("inf"), tl.float32)
+    total = tl.zeros((GROUP,), tl.float32)
+    acc = tl.zeros((GROUP, D), tl.float32)
+    for start in range(0, length, BLOCK):
+        at = start + n
+        there = at[:, None] < length
+        cells = base + at[:, None] * (KV_HEADS * D) + d[None, :]
+        k = tl.load(k_ptr + cells, mask=there, other=0.0)
+        v = tl.load(v_ptr + cells, mask=there, other=0.0)
+        score = tl.where((at < length)[None, :], tl.dot(q, tl.trans(k)) * scale, -float("inf"))
+        new_best = tl.maximum(best, tl.max(score, 1))
+        p = tl.exp(score - new_best[:, None])
+        shrink = tl.exp(best - new_best)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+        best = new_best
+    tl.store(out_ptr + rows, (acc / total[:, None]).to(q.dtype), mask=g[:, None] < rep)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> Tensor:

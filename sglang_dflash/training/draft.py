@@ -167,7 +167,9 @@ class Draft(nn.Module):
             return
         last, kv = len(target.layers) - 1, self.layers[0].self_attn.v_proj.out_features
         for i, layer in enumerate(self.layers):
-            source = target.layers[round(i * last / max(len(self.layers) - 1, 1)) if len(self.layers) > 1 else last // 2]
+            source = target.layers[
+                round(i * last / max(len(self.layers) - 1, 1)) if len(self.layers) > 1 else last // 2
+            ]
             gate, up = source.gate_up.chunk(2)
             layer.mlp.gate_proj.weight.copy_(gate)
             layer.mlp.up_proj.weight.copy_(up)
@@ -181,8 +183,8 @@ class Draft(nn.Module):
     def forward(self, blocks: Tensor, features: Tensor, rotation: tuple[Tensor, Tensor], mask: BlockMask) -> Tensor:
         """Hidden states of every block token, after the final norm: [B, Q, hidden].
 
-        blocks [B, Q, hidden]: embeddings of `bonus, MASK, MASK, ...` block after block. features [B, T, F * hidden] of the
-        target. rotation: cos, sin [B, T + Q, head_dim / 2] of the positions of both.
+        blocks [B, Q, hidden]: embeddings of `bonus, MASK, MASK, ...` block after block. features [B, T, F * hidden]
+        of the target. rotation: cos, sin [B, T + Q, head_dim / 2] of the positions of both.
         """
         context, x = self.hidden_norm(self.fc(features)), blocks
         for layer in self.layers:
@@ -192,10 +194,8 @@ class Draft(nn.Module):
 
 def config_json(shape: DraftShape, target_config: dict) -> dict:
     """config.json of a draft checkpoint, as servers read it."""
-    kept = (
-        "hidden_size num_attention_heads num_key_value_heads max_position_embeddings vocab_size rope_theta "
-        "rope_parameters"
-    ).split()
+    kept = ["hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "vocab_size"]
+    kept += ["rope_theta", "rope_parameters"]
     dflash: dict = {"mask_token_id": shape.mask_token, "target_layer_ids": list(shape.features)}
     if shape.causal:
         dflash["causal_head"] = True

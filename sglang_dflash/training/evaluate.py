@@ -18,7 +18,7 @@ from torch import Tensor
 from sglang_dflash import kernels
 from sglang_dflash.training.data import Answers, Batch, pack
 from sglang_dflash.training.draft import Draft
-from sglang_dflash.training.step import Blocks, blocks_at, draft_hidden, features
+from sglang_dflash.training.step import Blocks, blocks_at, draft_hidden, features, mixed
 from sglang_dflash.training.target import Target
 from sglang_dflash.tree import Lattice, grow, grow_chain, walk
 
@@ -64,7 +64,7 @@ def walk_gold(tree, gold: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-u
 
 @torch.no_grad()
 def every_position(draft: Draft, target: Target, batch: Batch) -> Iterator[tuple[Tensor, Blocks, Tensor]]:
-    """(anchors' rows [N], blocks with [N, ..] fields, emitted [N, 1 + len(TREES)]) over all answer tokens of a batch."""
+    """(rows [N], blocks with [N, ..] fields, emitted [N, 1 + len(TREES)]) over all answer tokens of a batch."""
     context = features(target, batch, list(draft.shape.features))
     counts = batch.answer.sum(1)
     order = (~batch.answer).long().argsort(dim=1, stable=True)  # answer positions first, in order
@@ -72,7 +72,8 @@ def every_position(draft: Draft, target: Target, batch: Batch) -> Iterator[tuple
         anchors = order[:, first : first + ANCHORS]
         anchors = F.pad(anchors, (0, ANCHORS - anchors.shape[1]))
         blocks = blocks_at(batch, anchors, draft.shape.block)
-        hidden = draft_hidden(draft, target, batch, anchors, context)
+        with mixed(target):
+            hidden = draft_hidden(draft, target, batch, anchors, context)
         live = torch.arange(first, first + ANCHORS, device=counts.device) < counts[:, None]
         rows = live.nonzero()[:, 0]
         mine = Blocks(anchors[live], blocks.gold[live], blocks.valid[live])

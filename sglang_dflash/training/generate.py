@@ -44,7 +44,11 @@ class SGLangEngine:
         from sglang import Engine as Offline
 
         self.engine = Offline(
-            model_path=str(path), skip_tokenizer_init=True, context_length=width, log_level="warning", stream_interval=64
+            model_path=str(path),
+            skip_tokenizer_init=True,
+            context_length=width,
+            log_level="warning",
+            stream_interval=64,
         )
 
     def generate(self, requests: list[Request], stop: int, seed: int, progress: Progress) -> list[list[int]]:

@@ -60,8 +60,9 @@ def static_weights(depth: int, block: int, device: torch.device) -> Tensor:
 def dpace_weights(logp: Tensor, valid: Tensor) -> Tensor:
     """Dynamic weights: the gradient of the expected accepted length by each position's log-probability.
 
-    logp [..., depth]: of the gold token at each position, detached; valid [..., depth] bool. A block's expected accepted
-    length is the sum over k of p_1 ... p_k, so position j weighs the sum over k >= j of p_1 ... p_k.
+    D-PACE (arXiv 2605.18810), bare. logp [..., depth]: of the gold token at each position, detached; valid [..., depth]
+    bool. A block's expected accepted length is the sum over k of p_1 ... p_k, so position j weighs the sum over
+    k >= j of p_1 ... p_k.
     """
     reached = torch.where(valid, logp, 0.0).cumsum(-1).exp() * valid
     return reached.flip(-1).cumsum(-1).flip(-1) * valid

@@ -28,6 +28,13 @@ def features(target: Target, batch: Batch, layer_ids: list[int]) -> Tensor:
     return target.features(batch.tokens, positions, attend, [mask] * len(target.layers), layer_ids)
 
 
+def mixed(target: Target) -> torch.autocast:
+    """The precision the draft runs in beside this target: bf16 products where the target is bf16."""
+    return torch.autocast(
+        target.embedding.device.type, torch.bfloat16, enabled=target.embedding.dtype == torch.bfloat16
+    )
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Draft blocks at A anchors a row, an anchor being the bonus token: the last one known.
@@ -52,7 +59,7 @@ def blocks_at(batch: Batch, anchors: Tensor, block: int) -> Blocks:
 
 
 def random_anchors(batch: Batch, count: int) -> Tensor:
-    """`count` anchors a row, [B, count], drawn without replacement from those with a next answer token, where enough."""
+    """`count` anchors a row, [B, count], drawn without replacement; each has a next answer token, if enough have."""
     usable = batch.answer.clone()
     usable[:, :-1] &= batch.answer[:, 1:]
     usable[:, -1] = False

@@ -23,7 +23,7 @@ from sglang_dflash.training.generate import Engine, Progress, Request
 SOURCES = ["synthetic", "given", "text"]
 USER_TOKENS, ANSWER_TOKENS = 96, 448
 LONGEST_PROMPT = 400  # tokens, what came before in the conversation included; longer ones are dropped
-# Shares of synthetic conversations by the answers' temperature; of all documents that are raw text; of conversations of two turns.
+# Shares of synthetic conversations by temperature, of all documents that are raw text, of conversations of two turns.
 TEMPERATURES, TEMPERATURE_SHARES = (0.0, 0.7, 1.0), (0.7, 0.15, 0.15)
 TEXT_SHARE, SECOND_TURN_SHARE = 0.06, 0.25
 SYSTEM_SHARES = (0.7, 0.1, 0.2)  # the chat template's own, an empty one, one of ours
@@ -123,7 +123,7 @@ class Synthesis:
         self.seed, self.progress = seed, progress
 
     def chunk(self, number: int, count: int, given: list[tuple[str, float]]) -> list[Document]:
-        """Documents from `count` synthetic prompts (fewer come through the filter) and the given (prompt, temperature)."""
+        """Documents from `count` synthetic prompts (fewer pass the filter) and the given (prompt, temperature)."""
         rng = np.random.default_rng((self.seed, number))
         self.round = number * 8  # of the engine's seeds
         talks = self._users(self._starts(rng, count))
@@ -166,7 +166,7 @@ class Synthesis:
         return kept
 
     def _fresh(self, talks: list[Conversation]) -> list[Conversation]:
-        """Without repeated prompts (but given ones, which may be answered at several temperatures) and held-out ones."""
+        """Without held-out prompts, and without repeated ones but the given, which come at several temperatures."""
         seen, kept = set(), []
         for talk in talks:
             key = " ".join(words(talk.user))
@@ -184,11 +184,13 @@ class Synthesis:
             talks[i].answered(prompts[i], answer)
 
     def _second_turn(self, rng: np.random.Generator, talks: list[Conversation]) -> None:
-        """Some conversations whose first answer came to its end get a second turn, the user's words the target's too."""
+        """Some conversations whose first answer ended get a second turn, the user's words the target's too."""
         ended = [t for t in talks if t.tokens and t.tokens[-1] == self.chat.stop and len(t.tokens) <= LONGEST_PROMPT]
         again = [t for t in ended if rng.random() < SECOND_TURN_SHARE]
         stop_text = self.chat.decode([[self.chat.stop]])[0]
-        starts = [self.chat.cut(t.system)[2].removeprefix(stop_text) + str(rng.choice(lines("followups"))) for t in again]
+        starts = [
+            self.chat.cut(t.system)[2].removeprefix(stop_text) + str(rng.choice(lines("followups"))) for t in again
+        ]
         prompts = [t.tokens + ids for t, ids in zip(again, self.chat.encode(starts), strict=True)]
         tails = self._generate([Request(p, 1.0, USER_TOKENS) for p in prompts])
         decoded = self.chat.decode([t[:-1] for t in tails])
@@ -203,7 +205,9 @@ class Synthesis:
         """Raw text on our topics, outside of any chat."""
         beginnings, topics = lines("beginnings"), lines("topics")
         picks = zip(rng.integers(len(beginnings), size=count), rng.integers(len(topics), size=count), strict=True)
-        texts = [Conversation(None, beginnings[b].replace("{}", topics[t]), 2, self._temperature(rng)) for b, t in picks]
+        texts = [
+            Conversation(None, beginnings[b].replace("{}", topics[t]), 2, self._temperature(rng)) for b, t in picks
+        ]
         texts = self._fresh(texts)
         self._answer(texts, [t.user for t in texts])
         return texts

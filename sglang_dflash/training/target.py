@@ -18,7 +18,7 @@ from torch import Tensor, nn
 SERVED = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"}
 
 Attention = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-"""(q [..., heads, head_dim], k, v [..., kv_heads, head_dim], the layer's state) -> [..., heads, head_dim], after rope."""
+"""(q [..., heads, head_dim], k, v [..., kv_heads, head_dim], the layer's state) -> [..., heads, head_dim]."""
 
 
 def rope_frequencies(config: dict, device: torch.device | str) -> Tensor:

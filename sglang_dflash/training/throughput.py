@@ -20,7 +20,9 @@ def products(t: Training) -> list[Product]:
     context = recipe.rows * recipe.width
     queries = recipe.rows * recipe.anchors * shape.block
     hidden, vocab, inter = config["hidden_size"], config["vocab_size"], config["intermediate_size"]
-    heads, kv = (config[k] * t.draft.layers[0].self_attn.head_dim for k in ("num_attention_heads", "num_key_value_heads"))
+    heads, kv = (
+        config[k] * t.draft.layers[0].self_attn.head_dim for k in ("num_attention_heads", "num_key_value_heads")
+    )
     frozen = shape.features[-1] + 1
     drawn = int(
         recipe.rows * recipe.anchors * (shape.block - 1)
@@ -59,9 +61,10 @@ def matmul_share(t: Training, data: Answers) -> float:
     """Print and return the time of the step's bare products over the time of the step. Takes 40 training steps."""
     if t.device.type != "cuda":
         raise ValueError("the share of peak is measured on a GPU only")
+    shapes = products(t)
     pairs = [
         (torch.randn(m, k, device=t.device, dtype=torch.bfloat16), torch.randn(k, n, device=t.device).bfloat16(), count)
-        for m, k, n, count in products(t)
+        for m, k, n, count in shapes
     ]
 
     def loop() -> None:
@@ -70,12 +73,12 @@ def matmul_share(t: Training, data: Answers) -> float:
                 torch.mm(a, b)
 
     bare = seconds(loop, 5)
-    del pairs
+    pairs.clear()
     source = batches(data, t.recipe.rows, t.recipe.width, 1, Cursor(), t.rank, t.ranks)
     ready = [next(source)[0].to(t.device) for _ in range(8)]
     state = iter(range(10**9))
     step = seconds(lambda: t.advance(ready[next(state) % len(ready)]), 38)
-    work = sum(2 * m * k * n * count for m, k, n, count in products(t))
+    work = sum(2 * m * k * n * count for m, k, n, count in shapes)
     console.print(
         f"step {step * 1e3:.1f} ms, its products alone {bare * 1e3:.1f} ms: share {bare / step:.0%}; "
         f"{work / step / 1e12:.0f} of {work / bare / 1e12:.0f} TFLOP/s; "

@@ -7,7 +7,6 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,8 @@ from sglang_dflash.training import draft as drafts
 from sglang_dflash.training.data import Answers, Batch, Cursor, batches, prefetch
 from sglang_dflash.training.draft import Draft, DraftShape
 from sglang_dflash.training.evaluate import Result, evaluate
-from sglang_dflash.training.step import Objective, blocks_at, draft_hidden, features, loss, random_anchors
+from sglang_dflash.training.optimizer import optimizers
+from sglang_dflash.training.step import Objective, blocks_at, draft_hidden, features, loss, mixed, random_anchors
 from sglang_dflash.training.target import Target
 
 console = Console(soft_wrap=True, highlight=False)
@@ -34,10 +34,10 @@ class Recipe:
 
     steps: int = 20000
     minutes: float = math.inf
-    rows: int = 12
+    rows: int = 16
     width: int = 2048
     anchors: int = 128
-    lr: float = 1e-3
+    lr: float = 2e-3
     warmup: int = 200
     optimizer: str = "muon"
     weight_decay: float = 0.01
@@ -47,35 +47,6 @@ class Recipe:
     seed: int = 0
     evaluate_every: float = 90.0  # seconds
     evaluate_documents: int = 48  # a benchmark
-
-
-class Optimizer:
-    """AdamW, or Muon for matrices and AdamW for the rest."""
-
-    def __init__(self, draft: Draft, recipe: Recipe) -> None:
-        named = [(n, p) for n, p in draft.named_parameters() if p.requires_grad]
-        muon = recipe.optimizer == "muon"
-        matrices = [p for n, p in named if muon and p.ndim == 2 and "codebook" not in n]
-        rest = [p for n, p in named if not (muon and p.ndim == 2 and "codebook" not in n)]
-        fused = rest[0].is_cuda
-        decay = recipe.weight_decay
-        self.parts: list[Any] = [torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=decay, fused=fused)]
-        if matrices:
-            self.parts.append(torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-
-    def step(self, lr: float) -> None:
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = lr
-            part.step()
-            part.zero_grad(set_to_none=True)
-
-    def state(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
-
-    def restore(self, state: list[dict]) -> None:
-        for part, s in zip(self.parts, state, strict=True):
-            part.load_state_dict(s)
 
 
 class Training:
@@ -89,7 +60,7 @@ class Training:
         self.draft.start_from(target)
         self.draft.to(self.device)
         self.average = {k: v.detach().clone() for k, v in self.draft.state_dict().items()}
-        self.optimizer = Optimizer(self.draft, recipe)
+        self.optimizers = optimizers(self.draft, recipe.optimizer, recipe.weight_decay)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.step, self.elapsed, self.cursor = 0, 0.0, Cursor()
@@ -110,7 +81,7 @@ class Training:
         with torch.no_grad():
             context = features(self.target, batch, list(shape.features))
             blocks = blocks_at(batch, random_anchors(batch, self.recipe.anchors), shape.block)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with mixed(self.target):
             hidden = draft_hidden(self.draft, self.target, batch, blocks.anchors, context)
             value = loss(self.draft, self.target, batch, blocks, hidden, self.recipe.objective)
         value.backward()
@@ -118,7 +89,12 @@ class Training:
         if self.ranks > 1:
             mean_gradients(parameters, self.ranks)
         torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
-        self.optimizer.step(self.learning_rate())
+        lr = self.learning_rate()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         decay = min(self.recipe.average, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.values()), list(self.draft.state_dict().values()), 1 - decay)
         self.step += 1
@@ -133,10 +109,15 @@ class Training:
     def save(self) -> None:
         if self.rank:
             return
-        state = dict(
-            draft=self.draft.state_dict(), average=self.average, optimizer=self.optimizer.state(), step=self.step,
-            elapsed=self.elapsed, cursor=asdict(self.cursor), curve=self.curve,
-        )  # fmt: skip
+        state = {
+            "draft": self.draft.state_dict(),
+            "average": self.average,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "cursor": asdict(self.cursor),
+            "curve": self.curve,
+        }
         torch.save(state, self.out / "state.partial")
         (self.out / "state.partial").rename(self.out / "state.pt")
         drafts.save(self.draft, self.average, self.out / "draft")
@@ -147,7 +128,8 @@ class Training:
         state = torch.load(self.out / "state.pt", map_location=self.device)
         self.draft.load_state_dict(state["draft"])
         self.average, self.curve = state["average"], state["curve"]
-        self.optimizer.restore(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.elapsed, self.cursor = state["step"], state["elapsed"], Cursor(**state["cursor"])
         torch.manual_seed(self.recipe.seed * 1000 + self.rank + self.step)
 
@@ -172,12 +154,13 @@ def few(answers: Answers, count: int) -> np.ndarray:
 
 
 def train(training: Training, data: Answers, held_out: Answers) -> Result:
-    """Run to the end of the recipe; evaluate, save and print as it goes. Returns the last evaluation, of all documents."""
+    """Run to the end of the recipe; evaluate, save and print as it goes. Returns the last evaluation, of everything."""
     recipe, t = training.recipe, training
     source = batches(data, recipe.rows, recipe.width, recipe.seed, t.cursor, t.rank, t.ranks)
     ready = prefetch(source)
     begin = said = evaluated = time.monotonic() - t.elapsed
     losses: list[Tensor] = []
+    mean = 0.0
     while t.step < recipe.steps and t.elapsed < recipe.minutes * 60:
         batch, t.cursor = next(ready)
         losses.append(t.advance(batch.to(t.device)))
@@ -196,7 +179,7 @@ def train(training: Training, data: Answers, held_out: Answers) -> Result:
                 note(t, held_out, few(held_out, recipe.evaluate_documents), mean)
                 t.save()
                 evaluated = begin + t.elapsed
-    result = note(t, held_out, np.arange(len(held_out)), math.nan)
+    result = note(t, held_out, np.arange(len(held_out)), mean)
     t.save()
     return result
 
@@ -216,7 +199,7 @@ def note(t: Training, held_out: Answers, documents: np.ndarray, mean: float) -> 
         return {}
     result = evaluate(t.averaged(), t.target, held_out, documents, t.recipe.rows, t.recipe.width)
     tokens = t.step * t.recipe.rows * t.recipe.width * t.ranks
-    t.curve.append(dict(step=t.step, seconds=round(t.elapsed), tokens=tokens, loss=round(mean, 4), accept=result))
+    t.curve.append({"step": t.step, "seconds": round(t.elapsed), "tokens": tokens, "loss": mean, "accept": result})
     for name, numbers in result.items():
         console.print(f"  {name}: " + " ".join(f"{k} {v}" for k, v in numbers.items()))
     plot(t.curve, t.out / "curve.png")
