@@ -27,9 +27,7 @@ class World:
         self.bs = len(prefix_lens)
         self.lens = [p + n for p, n in zip(prefix_lens, new_lens, strict=True)]
         self.layer = RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, layer_id=0, **layer)
-        self.pool = CpuKVPool(
-            POOL, page, torch.float32, KV_HEADS, HEAD_DIM, 1, "cpu", enable_memory_saver=False
-        )
+        self.pool = CpuKVPool(POOL, page, torch.float32, KV_HEADS, HEAD_DIM, 1, "cpu", enable_memory_saver=False)
         self.req_to_token = torch.randint(0, POOL, (self.bs + 3, max(self.lens) + 5), dtype=torch.int32)
         self.rows = torch.randperm(self.bs + 3)[: self.bs]
         self.keys = [torch.randn(n, KV_HEADS, HEAD_DIM) for n in self.lens]
@@ -127,9 +125,7 @@ LAYERS = [
     pytest.param({"sliding_window_size": 6}, id="sliding"),
     pytest.param({"logit_cap": 0.5}, id="capped"),
     pytest.param({"attn_type": AttentionType.ENCODER_ONLY}, id="bidirectional"),
-    pytest.param(
-        {"attn_type": AttentionType.ENCODER_ONLY, "sliding_window_size": 6}, id="bidirectional-sliding"
-    ),
+    pytest.param({"attn_type": AttentionType.ENCODER_ONLY, "sliding_window_size": 6}, id="bidirectional-sliding"),
 ]
 pages = pytest.mark.parametrize("page", [1, 16])
 layers = pytest.mark.parametrize("layer", LAYERS)

@@ -40,9 +40,7 @@ def test_stands_aside_for_sglangs_own_cpu_engine(monkeypatch: pytest.MonkeyPatch
 
 
 def server_args(**given: object) -> SimpleNamespace:
-    unset = dict.fromkeys(
-        ("mem_fraction_static", "max_total_tokens", "max_running_requests", "chunked_prefill_size")
-    )
+    unset = dict.fromkeys(("mem_fraction_static", "max_total_tokens", "max_running_requests", "chunked_prefill_size"))
     defaults = {"attention_backend": "intel_amx", "dtype": "auto", "sleep_on_idle": False}
     return SimpleNamespace(**(unset | defaults | given))
 

@@ -63,9 +63,7 @@ class Span:
         whole_prompt = self.b == 1 and self.w == self.slots.numel()
         return whole_prompt and self.window_mask is None and sliding_window < 0 and not bidirectional
 
-    def _build_mask(
-        self, sliding_window: int, bidirectional: bool, dtype: torch.dtype
-    ) -> torch.Tensor | None:
+    def _build_mask(self, sliding_window: int, bidirectional: bool, dtype: torch.dtype) -> torch.Tensor | None:
         one_sees_all = self.w == 1 or (bidirectional and self.window_mask is None)
         if one_sees_all and not self.padded and sliding_window < 0:
             return None
@@ -117,9 +115,7 @@ class PlainCpuAttnBackend(AttentionBackend):
         elif mode.is_target_verify():
             spec = forward_batch.spec_info
             window_mask = getattr(spec, "window_mask", None)
-            self.spans = self._even_spans(
-                forward_batch, forward_batch.seq_lens, spec.draft_token_num, window_mask
-            )
+            self.spans = self._even_spans(forward_batch, forward_batch.seq_lens, spec.draft_token_num, window_mask)
         else:
             self.spans = self._extend_spans(forward_batch)
         swa_loc = None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 ATTENTION_BACKEND = "plain_cpu"
+DISPATCH_KEY = "plain_cpu"
 
 # What a laptop can hold and still be used for something else. The KV pool takes its memory on first
 # touch, so the token limit is an upper bound, not a price.
@@ -23,7 +24,7 @@ DEFAULT_MEM_FRACTION = 0.4
 DEFAULT_MAX_TOTAL_TOKENS = 131_072
 DEFAULT_MAX_RUNNING_REQUESTS = 48
 DEFAULT_CHUNKED_PREFILL_SIZE = 2048
-OPENMP_SPINS = "1000"
+OPENMP_SPINS = "20000"
 
 
 class PlainCpuPlatform(SRTPlatform):
@@ -67,6 +68,9 @@ class PlainCpuPlatform(SRTPlatform):
     def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
         return torch.profiler.ProfilerActivity.CPU
 
+    def get_dispatch_key_name(self) -> str:
+        return DISPATCH_KEY
+
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
 
@@ -84,9 +88,10 @@ class PlainCpuPlatform(SRTPlatform):
             server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
         if server_args.chunked_prefill_size is None:
             server_args.chunked_prefill_size = DEFAULT_CHUNKED_PREFILL_SIZE
-        # The scheduler, the tokenizer and the client share the cores with the matrix products: whoever
-        # waits must sleep. A waiting OpenMP thread spins by default, which stalls a step tenfold as soon as
-        # another process wants its core. The scheduler inherits the setting.
+        # The scheduler shares the cores with the tokenizer and the client, so who waits must sleep. By default
+        # an OpenMP thread spins for long before it does: a step takes ten times as long as soon as another
+        # process wants its core. Spinning just longer than from one product to the next costs nothing where
+        # the cores are free. The scheduler inherits the setting.
         server_args.sleep_on_idle = True
         if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
             os.environ["GOMP_SPINCOUNT"] = OPENMP_SPINS
@@ -121,8 +126,10 @@ class PlainCpuPlatform(SRTPlatform):
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
         from sglang_dflash.platforms.cpu.attention import PlainCpuAttnBackend
+        from sglang_dflash.platforms.cpu.rope import register_rope
 
         register_attention_backend(ATTENTION_BACKEND)(PlainCpuAttnBackend)
+        register_rope(self.get_dispatch_key_name())
 
     def post_load_model(self, model: torch.nn.Module) -> None:
         from sglang_dflash.platforms.cpu.linear import pack_linear_layers
