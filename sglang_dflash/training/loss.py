@@ -58,14 +58,17 @@ def static_weights(depth: int, block: int, device: torch.device) -> Tensor:
 
 
 def dpace_weights(logp: Tensor, valid: Tensor) -> Tensor:
-    """Dynamic weights: the gradient of the expected accepted length by each position's log-probability.
+    """Dynamic weights after D-PACE (arXiv 2605.18810): what each position's log-probability does for the length.
 
-    D-PACE (arXiv 2605.18810), bare. logp [..., depth]: of the gold token at each position, detached; valid [..., depth]
-    bool. A block's expected accepted length is the sum over k of p_1 ... p_k, so position j weighs the sum over
-    k >= j of p_1 ... p_k.
+    logp [..., depth]: of the gold token at each position, detached; valid [..., depth] bool, true up to some position.
+    A block's expected accepted length is the sum over k of p_1 ... p_k; these are the gradients of its logarithm. So the
+    first position of every block weighs 1, later ones as much of that as still gets there. (The length's own gradient
+    would forget blocks that begin badly: trained so, a draft learns its easy blocks and nothing else.)
     """
-    reached = torch.where(valid, logp, 0.0).cumsum(-1).exp() * valid
-    return reached.flip(-1).cumsum(-1).flip(-1) * valid
+    path = torch.where(valid, logp, 0.0).cumsum(-1)
+    reached = (path - path[..., :1]).exp() * valid
+    onwards = reached.flip(-1).cumsum(-1).flip(-1)
+    return onwards / onwards[..., :1].clamp(min=1e-9) * valid
 
 
 def draw(weights: Tensor, count: int) -> Tensor:

@@ -1,0 +1,120 @@
+"""Shards, packing, resuming; and synthesis with an engine that needs no model."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+import torch
+
+from sglang_dflash.training.data import Answers, Batch, Cursor, batches, pack
+from sglang_dflash.training.generate import Progress, Request
+from sglang_dflash.training.synth import ChatFormat, HeldOut, Synthesis, lines, readable
+
+Make = Callable[..., Answers]
+
+
+def documents_of(batch: Batch) -> list[list[int]]:
+    rows = zip(batch.tokens, batch.document, strict=True)
+    return [tokens[which == d].tolist() for tokens, which in rows for d in which.unique() if d >= 0]
+
+
+def test_packing_keeps_documents_whole_and_answers_marked(make_answers: Make) -> None:
+    answers = make_answers(20)
+    batch, used = pack(answers, np.arange(20), rows=3, width=64)
+    expected = [answers.tokens[answers.starts[d] : answers.starts[d + 1]].tolist() for d in range(used)]
+    assert 3 <= used < 20 and documents_of(batch) == expected
+    for row in range(3):
+        for at in range(64):
+            document = int(batch.document[row, at])
+            if document < 0:
+                assert not batch.answer[row, at]
+                continue
+            source = answers.starts[document] + at - int(batch.starts[row, at])
+            assert batch.tokens[row, at] == answers.tokens[source]
+            assert batch.answer[row, at] == answers.answer[source]
+
+
+def test_resuming_gives_the_batches_that_would_have_come(make_answers: Make) -> None:
+    answers = make_answers(30)
+    whole = list(islice(batches(answers, 2, 64, seed=3, cursor=Cursor()), 25))
+    assert whole[-1][1].epoch > 1
+    for stop in (1, 7, 20):
+        rest = list(islice(batches(answers, 2, 64, seed=3, cursor=whole[stop - 1][1]), 25 - stop))
+        assert all(torch.equal(a.tokens, b.tokens) for (a, _), (b, _) in zip(rest, whole[stop:], strict=True))
+
+
+def test_ranks_share_an_epoch_without_overlap(make_answers: Make) -> None:
+    answers, seen = make_answers(31), []
+    for rank in range(2):
+        for batch, cursor in batches(answers, 2, 64, 0, Cursor(), rank, 2):
+            if cursor.epoch:
+                break
+            seen += [d for d in batch.document.unique().tolist() if d >= 0]
+    assert sorted(seen) == list(range(31))
+
+
+class Words:
+    """A tokenizer of characters, with a chat template."""
+
+    eos_token_id = 1
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[1 if c == "$" else ord(c) for c in text] for text in texts]}
+
+    def batch_decode(self, tokens: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return ["".join("$" if t == 1 else chr(t) for t in row) for row in tokens]
+
+    def apply_chat_template(self, messages: list[dict], tokenize: bool, add_generation_prompt: bool) -> str:
+        return "".join(f"[{m['role']}]{m['content']}$\n" for m in messages) + "[assistant]"
+
+
+class Echo:
+    """Answers with a few words that depend on the prompt, the temperature and the seed alone."""
+
+    def generate(self, requests: list[Request], stop: int, seed: int, progress: Progress) -> list[list[int]]:
+        def answer(r: Request) -> list[int]:
+            number = zlib.crc32(bytes(t % 256 for t in r.prompt)) + (seed if r.temperature else 0)
+            return [*map(ord, f" words number {number} and more"), stop]
+
+        return [answer(r) for r in requests]
+
+
+def synthesis(held_out: list[str]) -> Synthesis:
+    return Synthesis(Echo(), ChatFormat(Words()), HeldOut(held_out), 0, lambda _: None)
+
+
+def test_a_chunk_made_again_is_the_same_and_another_is_not() -> None:
+    given = [("How far is the moon, roughly?", 0.0)] * 3
+    first, again = (synthesis([]).chunk(2, 40, given) for _ in range(2))
+    assert first == again
+    assert [d.tokens for d in synthesis([]).chunk(3, 40, given)] != [d.tokens for d in first]
+    assert {d.source for d in first} == {0, 1, 2} and any(len(d.spans) == 2 for d in first)
+
+
+def test_spans_cover_what_the_engine_said_and_nothing_else() -> None:
+    for document in synthesis([]).chunk(0, 40, []):
+        text = Words().batch_decode([document.tokens], False)[0]
+        for start, end in document.spans:
+            assert text[start:end].startswith(" words number") and text[start:end].endswith("more$")
+        if document.source == 0:
+            assert all(text[:start].endswith("[assistant]") for start, _ in document.spans)
+
+
+def test_held_out_prompts_and_their_likes_are_kept_out() -> None:
+    held = HeldOut(["Write a short poem about a lighthouse keeper who is afraid."])
+    assert held.holds("write a short poem about a LIGHTHOUSE keeper who is afraid")
+    assert held.holds("Please write a short poem about a lighthouse keeper, will you?")
+    assert not held.holds("Write a short poem about a sailor who is afraid of the lighthouse.")
+    given = [("Write a short poem about a lighthouse keeper who is afraid.", 0.0), ("What is rain made of?", 0.0)]
+    made = synthesis(["Write a short poem about a lighthouse keeper who is afraid."]).chunk(0, 0, given)
+    assert len(made) == 1 and "rain" in Words().batch_decode([made[0].tokens], False)[0]
+
+
+def test_prompt_lists_are_distinct_and_prompts_filtered() -> None:
+    for name in ("openers", "topics", "systems", "followups", "beginnings"):
+        assert len(lines(name)) == len(set(lines(name))) > 15
+    assert readable("What is rain made of?")
+    assert not any(map(readable, ("Hi", "What is <|im_start|> then?", "Что такое дождь и откуда он?")))

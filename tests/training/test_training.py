@@ -1,0 +1,176 @@
+"""What a block sees, what the loss is, and that training learns, resumes and saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sglang_dflash.training import attention, draft, step
+from sglang_dflash.training.data import Answers, Batch, Cursor, batches, pack
+from sglang_dflash.training.draft import Draft, DraftShape
+from sglang_dflash.training.loss import dpace_weights, draw, frozen_head_loss, static_weights
+from sglang_dflash.training.optimizer import Muon
+from sglang_dflash.training.target import Target
+from sglang_dflash.training.train import Recipe, Training, train
+
+Make = Callable[..., Answers]
+SHAPE = DraftShape(layers=2, features=(0, 1), block=6, intermediate=48, rank=8, candidates=4)
+
+
+def block_of(target: Target, network: Draft, batch: Batch, anchors: list[int]) -> torch.Tensor:
+    """Hidden states of the block at the first anchor, the others there beside it."""
+    context = step.features(target, batch, list(network.shape.features))
+    return step.draft_hidden(network, target, batch, torch.tensor([anchors]), context)[0, 0]
+
+
+def reaches(target: Target, make_answers: Make, causal: bool) -> dict[str, bool]:
+    """Whether a block notices a change of: the past, its own future targets, another block, another document."""
+    shape = DraftShape(**{**vars(SHAPE), "causal": causal})
+    torch.manual_seed(0)
+    network = Draft(shape, target.config)
+    answers = make_answers(6, seed=int(causal) + 1)
+    batch, _ = pack(answers, torch.arange(6).numpy(), 1, 160)
+    first = int((batch.document == 1).nonzero()[0, 1])
+    anchor = first + 11
+    before = block_of(target, network, batch, [anchor, anchor + 3])
+
+    def changed(at: int) -> Batch:
+        tokens = batch.tokens.clone()
+        tokens[0, at] = (tokens[0, at] + 7) % 61
+        return Batch(tokens, batch.starts, batch.answer, batch.document)
+
+    after = {
+        "past": block_of(target, network, changed(anchor - 2), [anchor, anchor + 3]),
+        "future": block_of(target, network, changed(anchor + 1), [anchor, anchor + 3]),
+        "block": block_of(target, network, batch, [anchor, anchor + 9]),
+        "document": block_of(target, network, changed(first - 1), [anchor, anchor + 3]),
+    }
+    return {name: not torch.allclose(before, hidden, atol=1e-6) for name, hidden in after.items()}
+
+
+SEALED = {"past": True, "future": False, "block": False, "document": False}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_block_sees_its_past_alone(target: Target, make_answers: Make, causal: bool) -> None:
+    assert reaches(target, make_answers, causal) == SEALED
+
+
+@pytest.mark.parametrize(("leak", "noticed"), [("future", "future"), ("block", "block"), ("document", "document")])
+def test_a_planted_leak_is_noticed(
+    target: Target, make_answers: Make, monkeypatch: pytest.MonkeyPatch, leak: str, noticed: str
+) -> None:
+    def leaky(anchors: Any, starts: Any, width: int, block: int, causal: bool) -> Any:
+        sealed = attention.draft_mask(anchors, starts, width, block, causal).mask_mod
+
+        def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+            mine = q // block
+            hole = {
+                "future": (k > anchors[b, mine]) & (k <= anchors[b, mine] + 2),
+                "block": k >= width,
+                "document": k < starts[b, mine],
+            }
+            return sealed(b, h, q, k) | hole[leak]
+
+        b, a = anchors.shape
+        return attention.create_block_mask(mask, b, None, a * block, width + a * block, device="cpu")
+
+    monkeypatch.setattr(step, "draft_mask", leaky)
+    assert reaches(target, make_answers, True)[noticed]
+
+
+def test_the_fused_loss_is_cross_entropy() -> None:
+    hidden = torch.randn(50, 16, requires_grad=True)
+    head, gold, weight = torch.randn(61, 16), torch.randint(61, (50,)), torch.rand(50)
+    (frozen_head_loss(hidden, head, gold) * weight).sum().backward()
+    ours, hidden.grad = hidden.grad, None
+    expected = F.cross_entropy(hidden @ head.T, gold, reduction="none")
+    (expected * weight).sum().backward()
+    assert torch.allclose(frozen_head_loss(hidden, head, gold), expected, atol=1e-5)
+    assert ours is not None and hidden.grad is not None and torch.allclose(ours, hidden.grad, atol=1e-5)
+
+
+def test_positions_are_drawn_in_proportion_to_their_weight() -> None:
+    weights = static_weights(15, 16, torch.device("cpu")).repeat(40) * (torch.rand(600) > 0.3)
+    torch.manual_seed(0)
+    counts = torch.zeros(600)
+    for _ in range(2000):
+        counts += torch.bincount(draw(weights, 200), minlength=600)
+    expected = weights / weights.sum() * 200 * 2000
+    assert (counts - expected).abs().max() < 0.15 * expected.max()
+    assert counts[weights == 0].sum() == 0
+
+
+def test_dynamic_weights_are_the_gradient_of_log_expected_length() -> None:
+    logp = (-3 * torch.rand(20, 7, dtype=torch.float64)).requires_grad_()
+    lens = torch.randint(1, 8, (20,))
+    valid = torch.arange(7) < lens[:, None]
+    length = (logp.cumsum(-1).exp() * valid).sum(-1)
+    length.log().sum().backward()
+    assert logp.grad is not None
+    assert torch.allclose(dpace_weights(logp.detach(), valid), logp.grad, atol=1e-9)
+
+
+def test_muon_moves_as_torch_s() -> None:
+    layers = [torch.nn.Linear(24, 40, bias=False) for _ in range(4)]
+    before = layers[0].weight.detach().clone()
+    layers[1].load_state_dict(layers[0].state_dict())
+    theirs = torch.optim.Muon(layers[0].parameters(), lr=1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    ours = Muon([layers[2].weight, layers[1].weight, layers[3].weight], lr=1e-2)
+    x = torch.randn(200, 24)
+    for _ in range(5):
+        noise = torch.randn(200, 40)
+        for layer in layers:
+            layer.zero_grad()
+            (layer(x).tanh() - noise).square().sum().backward()
+        theirs.step()
+        ours.step()
+    moved = (layers[0].weight - before).abs().max()
+    assert (layers[1].weight - layers[0].weight).abs().max() < 0.05 * moved
+
+
+@pytest.mark.parametrize(
+    ("selector", "weights", "optimizer", "causal"),
+    [("tied", "static", "muon", True), ("none", "static", "adamw", False), ("free", "dpace", "muon", True)],
+)
+def test_loss_goes_down(
+    target: Target, make_answers: Make, tmp_path: Path, selector: str, weights: str, optimizer: str, causal: bool
+) -> None:
+    shape = DraftShape(**{**vars(SHAPE), "selector": selector, "causal": causal})
+    recipe = Recipe(
+        steps=60, rows=2, width=128, anchors=16, warmup=5, optimizer=optimizer, lr=5e-3,
+        objective=step.Objective(weights),
+    )  # fmt: skip
+    training = Training(target, shape, recipe, tmp_path)
+    source = batches(make_answers(40), 2, 128, 0, Cursor())
+    losses = [training.advance(batch).item() for batch, _ in islice(source, 60)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_training_learns_resumes_and_saves(target: Target, make_answers: Make, tmp_path: Path) -> None:
+    recipe = Recipe(steps=200, rows=2, width=128, anchors=16, warmup=10, lr=1e-2, average=0.9, evaluate_documents=2)
+    training = Training(target, SHAPE, recipe, tmp_path)
+    result = train(training, make_answers(60), make_answers(4, seed=9))
+    assert result["even"]["chain"] > 3 and result["even"]["served_tree31"] > 3  # of 6: it counts upwards too
+    assert training.step == 200 and (tmp_path / "curve.png").stat().st_size > 0
+
+    saved = draft.load(tmp_path / "draft", target.config)
+    assert saved.shape == SHAPE
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(tensor, training.average[name].bfloat16().float())
+
+    resumed = Training(target, SHAPE, recipe, tmp_path)
+    resumed.resume()
+    assert resumed.step == 200 and resumed.cursor == training.cursor
+    batch = next(batches(make_answers(10, seed=5), 2, 128, 0, Cursor()))[0]
+    losses = []
+    for run in (training, resumed):
+        torch.manual_seed(1)
+        losses.append([run.advance(batch).item() for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
