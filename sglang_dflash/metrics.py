@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from itertools import pairwise
 from typing import Any
 
 from sglang_dflash.options import Options
@@ -60,7 +61,7 @@ class StepMetrics:
     def step_done(self, accepted_drafts: list[int]) -> None:
         """Count a step whose results reached the host; accepted_drafts: one number a request."""
         marks = self._running.popleft().marks
-        for counter, start, end in zip(self._seconds, marks, marks[1:], strict=True):
+        for counter, (start, end) in zip(self._seconds, pairwise(marks), strict=True):
             counter.inc(end - start)
         self._steps.inc(len(accepted_drafts))
         for depth, counter in enumerate(self._accepted, start=1):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 
-from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
-from torch import Tensor
+from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from transformers import PreTrainedTokenizerBase
 
 from sglang_dflash.cli.load import chat_ids, gsm8k
@@ -29,15 +28,6 @@ def long_chats(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return prompts
 
 
-class Forbid(CustomLogitProcessor):
-    """Forbids the tokens named in the request."""
-
-    def __call__(self, logits: Tensor, custom_param_list: list[dict[str, list[int]]] | None = None) -> Tensor:
-        for row, params in enumerate(custom_param_list or []):
-            logits[row, params["tokens"]] = -float("inf")
-        return logits
-
-
 _SCHEMA = {
     "type": "object",
     "properties": {"answer": {"type": "integer"}, "unit": {"type": "string", "maxLength": 12}},
@@ -51,8 +41,8 @@ def _params(**values: object) -> dict[str, object]:
 
 # Every greedy setting that must give what plain decoding gives: name -> changes of the body.
 SETTINGS: dict[str, dict[str, object]] = {
-    "frequency penalty": _params(frequency_penalty=0.7),
-    "presence penalty": _params(presence_penalty=0.9),
+    "frequency penalty": _params(frequency_penalty=1.9),
+    "presence penalty": _params(presence_penalty=1.9),
     "repetition penalty": _params(repetition_penalty=1.3),
     "fewest tokens": _params(min_new_tokens=40, stop=["."]),
     "logit bias": _params(logit_bias={"28": -100.0, "30": -100.0}),
@@ -64,8 +54,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     "one token": _params(max_new_tokens=1),
     "two tokens": _params(max_new_tokens=2),
     "custom processor": {
-        **_params(custom_params={"tokens": [28, 30, 198]}),
-        "custom_logit_processor": Forbid.to_str(),
+        **_params(custom_params={"token_ids": [28, 30, 198]}),
+        "custom_logit_processor": DisallowedTokensLogitsProcessor.to_str(),
     },
     "log-probabilities": {**_params(), "return_logprob": True, "top_logprobs_num": 5},
     "log-probabilities of the prompt": {

@@ -53,7 +53,7 @@ def test_settings_change_the_text(plain: Plain) -> None:
         "json schema",
         "regex",
     ):
-        assert not texts[name].startswith(greedy[:60]), name
+        assert texts[name][:80] != greedy[:80], name
 
 
 @pytest.mark.parametrize("name", ["log-probabilities", "log-probabilities of the prompt"])
@@ -68,11 +68,11 @@ def test_log_probabilities_are_those_of_plain_decoding(
         assert flat(got[kind]) == pytest.approx(flat(truth[kind]), abs=2e-3), kind
 
 
-def flat(entries: list) -> list[float]:
-    """Numbers of nested (logprob, token, text) entries; a missing logprob counts as 0."""
-    if entries and not isinstance(entries[0], list | tuple):
-        return [entries[0] or 0.0, float(entries[1])]
-    return [number for entry in entries if entry for number in flat(entry)]
+def flat(entry: object) -> list[float]:
+    """All numbers of nested (logprob, token, text) entries; a missing one counts as 0."""
+    if isinstance(entry, list | tuple):
+        return [number for part in entry for number in flat(part)]
+    return [] if isinstance(entry, str) else [float(entry or 0)]
 
 
 def test_parallel_sampling_gives_as_many_answers(server: str, short_bodies: list[Body]) -> None:
@@ -108,11 +108,12 @@ def test_metrics_count_what_was_accepted(server: str, short_bodies: list[Body]) 
     meta, after = answer["meta_info"], metrics(server)
     assert meta["spec_accept_length"] == pytest.approx(meta["completion_tokens"] / meta["spec_verify_ct"])
     drafts = {name: after[name] - before.get(name, 0) for name in after if "accepted_drafts_total" in name}
-    assert sum(drafts.values()) == meta["spec_num_correct_drafts"]
+    # Under overlap a step may have started for a request that the step before it ended.
+    assert 0 <= sum(drafts.values()) - meta["spec_num_correct_drafts"] <= len(drafts)
     by_depth = [value for _, value in sorted(drafts.items(), key=lambda item: depth(item[0]))]
     assert by_depth == sorted(by_depth, reverse=True)
     steps = next(name for name in after if name.startswith("sglang:dflash_steps_total"))
-    assert after[steps] - before.get(steps, 0) == meta["spec_verify_ct"]
+    assert after[steps] - before.get(steps, 0) - meta["spec_verify_ct"] in (0, 1)
     assert {'part="draft"', 'part="verify"', 'part="other"'} == {
         re.search(r'part="\w+"', name)[0] for name in after if "step_seconds_total" in name
     }

@@ -16,7 +16,7 @@ from sglang_dflash import embedded
 from sglang_dflash.cli.load import chat_ids
 
 SAMPLES, LENGTH = 4000, 4
-QUESTION = "Pick a number from one to ten and a colour. Answer with the two words only."
+QUESTION = "Tom has 3 boxes with 12 pencils each. How many pencils does he have?"
 PLANT = Path(__file__).with_name("plant")
 
 TREE = "--speculative-num-draft-tokens 7 --random-seed 1"
@@ -49,8 +49,8 @@ def exact(pair: embedded.Pair, prompt: list[int]) -> dict[tuple[int, ...], float
 def test_first_tokens_are_distributed_as_the_target_says(
     args: str, planted: bool, serve: Serve, prompt: list[int], exact: dict[tuple[int, ...], float]
 ) -> None:
-    assert len(exact) >= 12
-    assert 0.05 < 1 - sum(exact.values()) < 0.7
+    assert len(exact) >= 30
+    assert sum(exact.values()) > 0.5
     env = {"PYTHONPATH": str(PLANT), "DFLASH_PLANT": "prefer the draft"} if planted else None
     body = {
         "input_ids": prompt,

@@ -9,9 +9,8 @@ from torch import Tensor
 
 def register() -> None:
     """Called by the plug-in where the plain-CPU platform is the active one."""
-    HookRegistry.register(
-        "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_slots, HookType.REPLACE
-    )
+    for name, function in (("assign_req_to_token_pool_func", assign_slots), ("get_last_loc", last_slots)):
+        HookRegistry.register(f"sglang.srt.mem_cache.allocation.{name}", function, HookType.REPLACE)
 
 
 def assign_slots(
@@ -31,3 +30,9 @@ def assign_slots(
     first = start_offset - (lens.cumsum(0) - lens)
     columns = torch.arange(rows.numel()) + first.repeat_interleave(lens)
     req_to_token[rows, columns] = out_cache_loc.to(req_to_token.dtype)
+
+
+def last_slots(req_to_token: Tensor, req_pool_indices: Tensor, lens: Tensor) -> Tensor:
+    """The slot of each request's last token [bs], -1 where it has none: a page is filled up from there."""
+    last = req_to_token[req_pool_indices, (lens - 1).clamp(min=0)].to(lens.dtype)
+    return torch.where(lens > 0, last, -1)
