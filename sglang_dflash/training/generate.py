@@ -38,7 +38,7 @@ class Engine(Protocol):
 
 
 class SGLangEngine:
-    """SGLang's offline engine: any target it serves, paged and continuously batched."""
+    """SGLang's offline engine: any target it serves. What it samples does not follow the seed."""
 
     def __init__(self, path: Path, width: int) -> None:
         from sglang import Engine as Offline
@@ -54,8 +54,7 @@ class SGLangEngine:
     def generate(self, requests: list[Request], stop: int, seed: int, progress: Progress) -> list[list[int]]:
         parameters = [
             {"temperature": r.temperature, "min_p": MIN_P, "max_new_tokens": r.max_new, "stop_token_ids": [stop]}
-            | ({"sampling_seed": seed + i} if r.temperature else {})
-            for i, r in enumerate(requests)
+            for r in requests
         ]
         out = self.engine.generate(input_ids=[r.prompt for r in requests], sampling_params=parameters)
         answers = [list(o["output_ids"]) for o in out]

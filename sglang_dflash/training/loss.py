@@ -61,9 +61,9 @@ def dpace_weights(logp: Tensor, valid: Tensor) -> Tensor:
     """Dynamic weights after D-PACE (arXiv 2605.18810): what each position's log-probability does for the length.
 
     logp [..., depth]: of the gold token at each position, detached; valid [..., depth] bool, true up to some position.
-    A block's expected accepted length is the sum over k of p_1 ... p_k; these are the gradients of its logarithm. So the
-    first position of every block weighs 1, later ones as much of that as still gets there. (The length's own gradient
-    would forget blocks that begin badly: trained so, a draft learns its easy blocks and nothing else.)
+    A block's expected accepted length is the sum over k of p_1 ... p_k; these are the gradients of its logarithm. So
+    the first position of every block weighs 1, later ones as much of that as still gets there. (The length's own
+    gradient would forget blocks that begin badly: trained so, a draft learns its easy blocks and nothing else.)
     """
     path = torch.where(valid, logp, 0.0).cumsum(-1)
     reached = (path - path[..., :1]).exp() * valid
