@@ -16,11 +16,12 @@ from sglang_dflash import embedded
 from sglang_dflash.cli.load import chat_ids
 
 SAMPLES, LENGTH = 4000, 4
+AT_ONCE = 40  # samples of one request
 QUESTION = "Tom has 3 boxes with 12 pencils each. How many pencils does he have?"
 PLANT = Path(__file__).with_name("plant")
 
-TREE = "--speculative-num-draft-tokens 7 --random-seed 1"
-CHAIN = "--speculative-num-draft-tokens 3 --speculative-eagle-topk 1 --page-size 16 --random-seed 1"
+TREE = "--speculative-num-draft-tokens 3 --random-seed 1"
+CHAIN = "--speculative-num-draft-tokens 2 --speculative-eagle-topk 1 --page-size 16 --random-seed 1"
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +46,31 @@ def exact(pair: embedded.Pair, prompt: list[int]) -> dict[tuple[int, ...], float
     return {path: math.exp(logp) for path, logp in beams.items()}
 
 
-@pytest.mark.parametrize(("args", "planted"), [(TREE, False), (CHAIN, False), (TREE, True)])
+@pytest.mark.parametrize(
+    ("args", "planted", "samples"),
+    [(TREE, False, SAMPLES), (CHAIN, False, SAMPLES), (TREE, True, SAMPLES // 4)],
+    ids=["tree", "chain", "planted bug"],
+)
 def test_first_tokens_are_distributed_as_the_target_says(
-    args: str, planted: bool, serve: Serve, prompt: list[int], exact: dict[tuple[int, ...], float]
+    args: str, planted: bool, samples: int, serve: Serve, prompt: list[int], exact: dict[tuple[int, ...], float]
 ) -> None:
     assert len(exact) >= 30
     assert sum(exact.values()) > 0.5
     env = {"PYTHONPATH": str(PLANT), "DFLASH_PLANT": "prefer the draft"} if planted else None
-    body = {
-        "input_ids": prompt,
-        "sampling_params": {"temperature": 1.0, "max_new_tokens": LENGTH, "ignore_eos": True},
-    }
+    params = {"temperature": 1.0, "max_new_tokens": LENGTH, "ignore_eos": True, "n": AT_ONCE}
+    body = {"input_ids": prompt, "sampling_params": params}
     with serve("--speculative-algorithm", "DFLASH", *args.split(), env=env) as url:
-        answers = generate(url, [body] * SAMPLES, 48)
+        answers = [answer for many in generate(url, [body] * (samples // AT_ONCE), 2) for answer in many]
+    assert len(answers) == samples
     assert accept_length(answers) > 1.15  # drafts were accepted, so they had their chance to be wrong
     counts = dict.fromkeys(exact, 0)
     for answer in answers:
         path = tuple(answer["output_ids"])
         if path in counts:
             counts[path] += 1
-    observed = [*counts.values(), SAMPLES - sum(counts.values())]
-    expected = [SAMPLES * p for p in exact.values()]
-    p = chisquare(observed, [*expected, SAMPLES - sum(expected)]).pvalue
+    observed = [*counts.values(), samples - sum(counts.values())]
+    expected = [samples * p for p in exact.values()]
+    p = chisquare(observed, [*expected, samples - sum(expected)]).pvalue
     assert p < 1e-6 if planted else p > 0.001, f"p = {p:.2g}"
 
 

@@ -12,7 +12,7 @@ from client import Body
 from conftest import Plain, Serve
 
 REQUESTS = 500
-POOL = 4096  # tokens; the requests running at once want more
+POOL = 2048  # tokens; the requests running at once want more
 
 
 def test_five_hundred_mixed_requests(serve: Serve, plain: Plain, short_bodies: list[Body]) -> None:

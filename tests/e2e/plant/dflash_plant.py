@@ -51,7 +51,7 @@ def draft_from_answers(self: Any, batch: Any, bonus_tokens: torch.Tensor, window
     depth, vocab = self.options.depth, self.options.draft.vocab_size
     tokens = torch.empty(len(batch.reqs), depth, K, dtype=torch.int64)
     for row, req in enumerate(batch.reqs):
-        answer, right = known()[tuple(req.origin_input_ids)]
+        answer, right = known().get(tuple(req.origin_input_ids), ([], True))  # the server warms up with its own
         at = int(window.prefix_lens[row]) - len(req.origin_input_ids)  # the bonus token's place in the answer
         coming = (answer[at + 1 :] + [0] * depth)[:depth]
         tokens[row] = (torch.tensor(coming)[:, None] + torch.arange(K) + (not right)) % vocab
