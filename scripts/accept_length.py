@@ -136,30 +136,30 @@ def accepted(tree: set[Path_], tokens: list[list[int]], answer: list[int]) -> in
     return len(path)
 
 
-def steps(draft: Draft, prompt: list[int], answer: list[int], nodes: int | None, depth: int) -> tuple[int, int]:
-    """Verify steps that one answer takes, and the drafts they accept. nodes None: the chain."""
-    at, count, total = 0, 0, 0  # `at`: place of the bonus token in the answer
+def steps(draft: Draft, prompt: list[int], answer: list[int], nodes: int | None, depth: int) -> int:
+    """Verify steps that one answer takes after its first token. nodes None: the chain."""
+    at, count = 0, 0  # `at`: place of the bonus token in the answer
     while at + 1 < len(answer):
         tokens, logp = draft.lattice(answer[at], len(prompt) + at, depth)
         tree = descend(logp) if nodes is None else grow(logp, nodes)
-        passed = accepted(tree, tokens, answer[at + 1 :])
-        count, total, at = count + 1, total + passed, at + passed + 1
-    return count, total
+        at += accepted(tree, tokens, answer[at + 1 :]) + 1
+        count += 1
+    return count
 
 
 @torch.inference_mode()
 def accept_lengths(
     target: Path, draft: Path, rows: list[dict[str, list[int]]], kinds: dict[str, tuple[int | None, int]]
 ) -> dict[str, float]:
-    """Accept length by kind; kinds: name -> (nodes, or None for a chain; depth)."""
+    """Tokens a step by kind, each answer's first token aside; kinds: name -> (nodes, or None for a chain; depth)."""
     drafter = Draft(draft, AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval())
-    sums = {name: [0, 0] for name in kinds}
+    counts = dict.fromkeys(kinds, 0)
     for row in rows:
         drafter.read(row["prompt"] + row["answer"])
         for name, (nodes, depth) in kinds.items():
-            count, total = steps(drafter, row["prompt"], row["answer"], nodes, depth)
-            sums[name] = [sums[name][0] + count, sums[name][1] + total]
-    return {name: 1 + total / count for name, (count, total) in sums.items()}
+            counts[name] += steps(drafter, row["prompt"], row["answer"], nodes, depth)
+    tokens = sum(len(row["answer"]) - 1 for row in rows)
+    return {name: tokens / count for name, count in counts.items()}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sglang_dflash import embedded
 from sglang_dflash.cli.server import serving
 
-SHORT_TOKENS, LONG_TOKENS = 96, 32
+SHORT_TOKENS, LONG_TOKENS = 72, 24
 
 Serve = Callable[..., AbstractContextManager[str]]
 

@@ -18,13 +18,14 @@ def chats(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 
 def long_chats(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Chats of 1,500 tokens and more: a list of questions to read, and one of them to answer."""
-    questions = gsm8k(SHORT + LONG * 20)
+    """Chats of 1,500 tokens and more: a list of problems to read, and one of them to solve; four chats a list."""
+    questions = gsm8k(SHORT + LONG // 4 * 28)[SHORT:]
     prompts = []
     for i in range(LONG):
-        listed = questions[SHORT + 20 * i : SHORT + 20 * (i + 1)]
+        listed = questions[i // 4 * 28 :][:28]
         numbered = "\n".join(f"{n}. {question}" for n, question in enumerate(listed, start=1))
         prompts.append(chat_ids(tokenizer, f"Here are some problems.\n{numbered}\nSolve problem {i + 1}."))
+    assert min(map(len, prompts)) >= 1500
     return prompts
 
 

@@ -2,54 +2,57 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
 from client import Body, accept_length, generate
 from conftest import Plain, Serve
 
-# Two tokens whose log-probabilities differ by less than this are tied: passes of different width round differently.
+from sglang_dflash import embedded
+
+# Two tokens whose log-probabilities differ by less are tied: passes of different width round differently.
 TIE = 1e-4
+OFFLINE = Path(__file__).parents[2] / "scripts" / "accept_length.py"
+OFFLINE_ANSWERS = 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """A server and how it is asked. accepts: accept length on GSM8K that it must at least reach."""
+    """A server and how it is asked. kind: its nodes (None: a chain) and depth, for the offline computation."""
 
     args: str
     concurrency: int
-    accepts: float
     short: int = 64
     long: int = 16
+    kind: tuple[int | None, int] | None = None
 
 
 CASES = {
-    "tree 15": Case("--speculative-num-draft-tokens 15", 16, 3.2),
+    "tree 15": Case("--speculative-num-draft-tokens 15 --speculative-num-steps 8", 16, kind=(15, 8)),
     "tree 3, paged, no overlap": Case(
-        "--speculative-num-draft-tokens 3 --page-size 16 --disable-overlap-schedule", 32, 2.2
+        "--speculative-num-draft-tokens 3 --page-size 16 --disable-overlap-schedule", 32, kind=(3, 3)
     ),
-    "tree 63, no radix": Case(
-        "--speculative-num-draft-tokens 63 --disable-radix-cache", 8, 3.8, short=24, long=4
-    ),
+    "tree 63, no radix": Case("--speculative-num-draft-tokens 63 --disable-radix-cache", 8, short=24, long=4),
     "chain, paged, no radix": Case(
         "--speculative-num-draft-tokens 7 --speculative-eagle-topk 1 --page-size 16 --disable-radix-cache",
-        4,
-        2.5,
-        short=32,
-        long=8,
+        4, short=32, long=8, kind=(None, 7),
     ),
     "nothing drafted, mixed chunks": Case(
-        "--speculative-num-draft-tokens 0 --chunked-prefill-size 256 --enable-mixed-chunk", 32, 1.0
+        "--speculative-num-draft-tokens 0 --chunked-prefill-size 256 --enable-mixed-chunk", 32
     ),
     "tree 7, mixed chunks, paged": Case(
         "--speculative-num-draft-tokens 7 --chunked-prefill-size 256 --enable-mixed-chunk --page-size 16",
-        16,
-        2.8,
+        16, kind=(7, 7),
     ),
-    "tree 31, alone": Case("--speculative-num-draft-tokens 31", 1, 3.6, short=8, long=2),
-}
+    "tree 31, alone": Case(
+        "--speculative-num-draft-tokens 31 --speculative-num-steps 9", 1, short=8, long=2, kind=(31, 9)
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
@@ -63,27 +66,42 @@ def server(case: Case, serve: Serve, plain: Plain) -> Iterator[str]:
         yield url
 
 
-def test_text_is_that_of_plain_decoding(
-    case: Case, server: str, plain: Plain, short_bodies: list[Body], long_bodies: list[Body]
-) -> None:
-    bodies = short_bodies[: case.short] + long_bodies[: case.long]
+@pytest.fixture(scope="module")
+def answers(case: Case, server: str, short_bodies: list[Body], long_bodies: list[Body]) -> list[Body]:
+    return generate(server, short_bodies[: case.short] + long_bodies[: case.long], case.concurrency)
+
+
+@pytest.fixture(scope="session")
+def offline(pair: embedded.Pair, known_answers: Path) -> dict[tuple[int | None, int], float]:
+    """Tokens a step by kind, computed from transformers."""
+    rows = json.loads(known_answers.read_text())[:OFFLINE_ANSWERS]
+    kinds = {str(case.kind): case.kind for case in CASES.values() if case.kind}
+    lengths = runpy.run_path(str(OFFLINE))["accept_lengths"](pair.target, pair.draft, rows, kinds)
+    return {kinds[name]: length for name, length in lengths.items()}
+
+
+def test_text_is_that_of_plain_decoding(case: Case, answers: list[Body], plain: Plain) -> None:
     expected = plain.short[: case.short] + plain.long[: case.long]
-    answers = generate(server, bodies, case.concurrency)
     ties = [same_or_tied(answer, truth) for answer, truth in zip(answers, expected, strict=True)]
     assert sum(ties) <= 1, f"{sum(ties)} answers leave plain decoding's at a tie; one in 80 is chance"
     if "tokens 0" not in case.args:
-        assert accept_length(answers[: case.short]) >= case.accepts
+        assert accept_length(answers[: case.short]) > 2.0
 
 
-def test_a_prefix_hit_accepts_as_the_cold_prompt_does(
-    case: Case, server: str, long_bodies: list[Body]
+def test_accept_length_is_what_transformers_say(
+    case: Case, answers: list[Body], offline: dict[tuple[int | None, int], float]
 ) -> None:
+    if case.kind is None:
+        return
+    metas = [answer["meta_info"] for answer in answers[:OFFLINE_ANSWERS]]
+    emitted = sum(meta["completion_tokens"] - 1 for meta in metas)
+    assert emitted / sum(meta["spec_verify_ct"] for meta in metas) == pytest.approx(offline[case.kind], rel=0.03)
+
+
+def test_a_prefix_hit_accepts_as_the_cold_prompt_does(case: Case, server: str, long_bodies: list[Body]) -> None:
     if "tokens 0" in case.args or "disable-radix" in case.args:
         return  # nothing drafted, or nothing hit
-    body = {
-        **long_bodies[-1],
-        "sampling_params": {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True},
-    }
+    body = {**long_bodies[-1], "sampling_params": {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}}
     httpx.post(f"{server}/flush_cache").raise_for_status()
     cold, hit = (generate(server, [body], 1)[0] for _ in range(2))
     assert cold["meta_info"]["cached_tokens"] == 0
@@ -99,7 +117,5 @@ def same_or_tied(answer: Body, truth: Body) -> bool:
         return False
     at = next(i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b)
     first, second = (entry[0] for entry in truth["meta_info"]["output_top_logprobs"][at][:2])
-    assert first - second < TIE, (
-        f"token {at} is {got[at]}, plain decoding says {want[at]} by {first - second:.4f}"
-    )
+    assert first - second < TIE, f"token {at} is {got[at]}, plain decoding says {want[at]} by {first - second:.4f}"
     return True
