@@ -128,6 +128,7 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
     Raises ValueError naming the argument or the checkpoint's field that is wrong.
     """
     from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.platforms import current_platform
 
     if server_args.speculative_draft_model_path is None:
         raise ValueError(
@@ -135,6 +136,8 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
             f"--speculative-draft-model-path (only the embedded target, {embedded.NAME!r}, brings its own)"
         )
     reason = reason_to_hand_over(server_args)
+    if reason and current_platform.device_type == "cpu":
+        raise ValueError(f"{reason}: only SGLang's own DFLASH serves that, and it needs an accelerator")
     if reason:
         logger.info("DFLASH: served by SGLang's own worker, because %s.", reason)
         return original(server_args)

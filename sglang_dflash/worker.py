@@ -184,21 +184,26 @@ class DFlashWorker(BaseSpecWorker):
         walked = walk(tree, sampled, limit)
         if batch.return_logprob:
             output.next_token_logits = logits
-            rows = walked.nodes + torch.arange(0, bs * width, width, device=logits.device)[:, None]
-            compute_spec_logprobs(batch, output, sampled.flatten(), accept_index=rows)
+            compute_spec_logprobs(batch, output, sampled.flatten(), accept_index=_walked_rows(walked, width))
         return walked
 
     def _commit(self, window: Window, tree: DraftTree, walked: Walk, features: Tensor) -> None:
         """Move the accepted rows of the target's KV to the window's front, and write their features as draft KV."""
-        bs, width = tree.tokens.shape
+        width = tree.tokens.shape[1]
         if not self.options.chain:
             source, destination = compaction(window.slots[:, :width], walked)
             self.target.token_to_kv_pool.move_kv_cache(destination, source)
-        rows = walked.nodes + torch.arange(0, bs * width, width, device=features.device)[:, None]
         kept = self._depths < walked.lens[:, None]
         slots = torch.where(kept, window.slots[:, : self._depths.numel()], 0)
         positions = window.prefix_lens[:, None] + self._depths
-        self.draft.write_context(features[rows.flatten()], positions.flatten(), slots.flatten())
+        rows = _walked_rows(walked, width).flatten()
+        self.draft.write_context(features[rows], positions.flatten(), slots.flatten())
+
+
+def _walked_rows(walked: Walk, width: int) -> Tensor:
+    """Rows of the walked nodes in the verify pass's flat output [bs * width, ...], int64 [bs, D + 1]."""
+    first = torch.arange(len(walked.nodes), device=walked.nodes.device)[:, None] * width
+    return walked.nodes + first
 
 
 def _extend_positions(batch: Any) -> Tensor:

@@ -102,6 +102,11 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
         resolve(**arguments)
 
 
+def test_what_only_sglang_serves_is_refused_where_sglang_cannot(make_draft: MakeDraft) -> None:
+    with pytest.raises(ValueError, match=r"DFlashLagunaForCausalLM: only SGLang's own DFLASH serves that"):
+        resolve(speculative_draft_model_path=make_draft(architectures=["DFlashLagunaForCausalLM"]))
+
+
 def test_a_target_without_a_draft_is_refused(pair: embedded.Pair, tmp_path: Path) -> None:
     target = tmp_path / "another"
     target.mkdir()

@@ -56,11 +56,10 @@ def adjust_logits(
     logits [bs, w, V]; bonus_tokens [bs] int64: the roots; limit: as `depth_limit` gave it.
     """
     info = batch.sampling_info
+    free = logits if limit is None else logits[:, 1:]
     if info.logit_bias is not None:
-        logits[:, 1:] += info.logit_bias[:, None]
+        free += info.logit_bias[:, None]
     if limit is None:
-        if info.logit_bias is not None:
-            logits[:, 0] += info.logit_bias
         return
     mask = None
     if batch.has_grammar:

@@ -34,7 +34,7 @@ def tokenizer(pair: embedded.Pair) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def serve(pair: embedded.Pair) -> Serve:
-    """serve(*args, env=None): a plain server. serve.dflash: one with the embedded draft."""
+    """serve(*args, env=None): a server of the embedded target with these arguments; gives its URL."""
 
     @contextmanager
     def run(*args: str, env: dict[str, str] | None = None) -> Iterator[str]:
@@ -65,9 +65,7 @@ def long_bodies(tokenizer: PreTrainedTokenizerBase) -> list[Body]:
 
 
 @pytest.fixture(scope="session")
-def plain(
-    serve: Serve, short_bodies: list[Body], long_bodies: list[Body], tmp_path_factory: pytest.TempPathFactory
-) -> Plain:
+def plain(serve: Serve, short_bodies: list[Body], long_bodies: list[Body]) -> Plain:
     """What a server without speculation answers. Logprobs come along, to tell a tie from an error."""
     with serve("--enable-custom-logit-processor") as url:
         settings = generate(url, [{**short_bodies[0], **setting} for setting in SETTINGS.values()], 4)

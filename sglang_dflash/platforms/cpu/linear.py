@@ -42,28 +42,24 @@ class PackedWeight:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
-class PackedLinearMethod(UnquantizedLinearMethod):
+class _OnPackedWeight:
+    """What the two methods below have in common."""
+
+    weight: PackedWeight
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.weight = PackedWeight(layer.weight.data)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.weight(x, bias)
+
+
+class PackedLinearMethod(_OnPackedWeight, UnquantizedLinearMethod):
     """SGLang's way to run an unquantized linear layer, on a packed weight."""
 
-    weight: PackedWeight
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        self.weight = PackedWeight(layer.weight.data)
-
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.weight(x, bias)
-
-
-class PackedEmbeddingMethod(UnquantizedEmbeddingMethod):
+class PackedEmbeddingMethod(_OnPackedWeight, UnquantizedEmbeddingMethod):
     """The same for the head, which may be the embedding too."""
-
-    weight: PackedWeight
-
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        self.weight = PackedWeight(layer.weight.data)
-
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.weight(x, bias)
 
 
 def pack_linear_layers(model: torch.nn.Module) -> None:

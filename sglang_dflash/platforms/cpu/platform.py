@@ -108,13 +108,6 @@ class PlainCpuPlatform(SRTPlatform):
     def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
         return backend == ATTENTION_BACKEND
 
-    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
-        if algorithm != "DFLASH":
-            return None
-        from sglang_dflash.worker import DFlashWorker
-
-        return DFlashWorker
-
     def get_kv_pool_cls(self, *, kind: KVPoolKind) -> type | None:
         if kind != "mha":
             return None
