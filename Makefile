@@ -4,7 +4,7 @@ export UV_PYTHON_DOWNLOADS := never
 export UV_HTTP_TIMEOUT := 600
 READY := .venv/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint ops clean
 
 demo: $(READY)
 	.venv/bin/sglang-dflash demo
@@ -15,6 +15,10 @@ test: $(READY)
 lint: $(READY)
 	.venv/bin/ruff check
 	.venv/bin/mypy
+
+# The CUDA ops, compiled ahead for every GPU into the package and so into a wheel built next. Needs CUDA's nvcc.
+ops: $(READY)
+	.venv/bin/python -m sglang_dflash.kernels.compiled
 
 $(READY): pyproject.toml uv.lock | $(UV)
 	$(UV) sync --locked --all-extras --python python3

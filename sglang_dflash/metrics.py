@@ -10,25 +10,39 @@ from collections import deque
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from sglang_dflash.options import Options
 
 
 class Clock:
-    """When the parts of one step ended, in seconds: start, drafted, verified, done."""
+    """When the parts of one step ended: start, drafted, verified, done; on a GPU, when it got there itself."""
 
-    def __init__(self) -> None:
-        self.marks = [time.perf_counter()]
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self._marks: list[Any] = []
+        self.drafted()  # the start
 
     def drafted(self) -> None:
-        self.marks.append(time.perf_counter())
+        if self._on_gpu:
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._marks.append(time.perf_counter())
 
     verified = done = drafted
+
+    def seconds(self) -> list[float]:
+        """Of each part; a step on a GPU must have ended."""
+        if self._on_gpu:
+            return [start.elapsed_time(end) / 1000 for start, end in pairwise(self._marks)]
+        return [end - start for start, end in pairwise(self._marks)]
 
 
 class StepMetrics:
     """Counts steps into prometheus_client's registry, which SGLang serves."""
 
-    def __init__(self, options: Options, labels: dict[str, str]) -> None:
+    def __init__(self, options: Options, labels: dict[str, str], on_gpu: bool) -> None:
         from prometheus_client import Counter, Gauge  # after SGLang has set its multi-process directory
 
         names = list(labels)
@@ -51,28 +65,37 @@ class StepMetrics:
         seconds = Counter("sglang:dflash_step_seconds", "Seconds of steps, by part.", [*names, "part"])
         self._seconds = [seconds.labels(**labels, part=part) for part in ("draft", "verify", "other")]
         self._running: deque[Clock] = deque()
+        self._on_gpu = on_gpu
 
     def clock(self) -> Clock:
         """Start timing a step. Steps end in the order in which they started."""
-        clock = Clock()
+        clock = Clock(self._on_gpu)
         self._running.append(clock)
         return clock
 
     def step_done(self, accepted_drafts: list[int]) -> None:
         """Count a step whose results reached the host; accepted_drafts: one number a request."""
-        marks = self._running.popleft().marks
-        for counter, (start, end) in zip(self._seconds, pairwise(marks), strict=True):
-            counter.inc(end - start)
+        for counter, seconds in zip(self._seconds, self._running.popleft().seconds(), strict=True):
+            counter.inc(seconds)
         self._steps.inc(len(accepted_drafts))
         for depth, counter in enumerate(self._accepted, start=1):
             counter.inc(sum(drafts >= depth for drafts in accepted_drafts))
 
 
+class NoClock:
+    """Measures nothing."""
+
+    def drafted(self) -> None:
+        pass
+
+    verified = done = drafted
+
+
 class NoMetrics:
     """Stands in where the server serves no metrics."""
 
-    def clock(self) -> Clock:
-        return Clock()
+    def clock(self) -> NoClock:
+        return NoClock()
 
     def step_done(self, accepted_drafts: list[int]) -> None:
         pass
@@ -82,4 +105,4 @@ def step_metrics(options: Options, target: Any, enabled: bool) -> StepMetrics | 
     """Metrics of a worker, labelled with the target's name as SGLang's own are."""
     if not enabled:
         return NoMetrics()
-    return StepMetrics(options, {"model_name": target.model_config.model_path})
+    return StepMetrics(options, {"model_name": target.model_config.model_path}, target.device == "cuda")

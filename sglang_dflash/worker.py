@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
-from sglang.srt.runtime_context import get_observability
+from sglang.srt.runtime_context import get_exec, get_observability
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
 from torch import Tensor
 
+from sglang_dflash import kernels
 from sglang_dflash.draft.runner import DraftRunner
 from sglang_dflash.metrics import step_metrics
 from sglang_dflash.options import Options
-from sglang_dflash.tree import DraftTree, Walk, compaction, grow, grow_chain, walk
+from sglang_dflash.tree import DraftTree, Walk, walk
 from sglang_dflash.verify.carry import Carry
 from sglang_dflash.verify.sampling import adjust_logits, depth_limit, sample_nodes
 from sglang_dflash.verify.window import Window
@@ -39,11 +41,16 @@ class DFlashWorker(BaseSpecWorker):
         self._target_worker = target_worker
         self.target = target_worker.model_runner
         self.options = Options.of(server_args)
+        if self.target.device == "cuda":
+            from sglang_dflash.platforms.cuda import attention
+
+            kernels.use_compiled()
+            attention.register()
         self.draft = DraftRunner(self.options, server_args, gpu_id, nccl_port, self.target)
         self._draft_worker = self.draft.worker
+        _set_width(self.target, self.options.verified)
+        _set_width(self.draft.runner, self.options.block)
         self.metrics = step_metrics(self.options, self.target, get_observability().enable_metrics)
-        self._grow = grow_chain if self.options.chain else grow
-        self._depths = torch.arange(self.options.depth + 1, device=self.target.device)
 
     # -- what SGLang sets up ---------------------------------------------------------------------------------------
 
@@ -59,10 +66,12 @@ class DFlashWorker(BaseSpecWorker):
     def init_attention_backends(self) -> None:
         with draft_pp_context(), draft_tp_context(self.draft.layout):
             super().init_attention_backends()
+        self.draft.bind_pools()
 
     def init_cuda_graphs(self) -> None:
+        graphs = get_exec().graph.cuda_graph_config.decode.backend != Backend.DISABLED
         with draft_pp_context(), draft_tp_context(self.draft.layout):
-            self.draft.worker.init_cuda_graphs(capture_decode_cuda_graph=False)
+            self.draft.worker.init_cuda_graphs(capture_decode_cuda_graph=graphs and self.options.nodes > 0)
 
     def weight_update_runners(self) -> list[tuple[str, Any]]:
         return [("draft", self.draft.runner)]
@@ -118,7 +127,7 @@ class DFlashWorker(BaseSpecWorker):
         clock = self.metrics.clock()
         bonus_tokens = batch.spec_info.bonus_tokens
         window = Window.open(batch, self.target, self.options.window)
-        tree = self._draft_tree(batch, bonus_tokens, window)
+        tree = self.draft.draft(batch, bonus_tokens, window)
         clock.drafted()
         output, positions = self._verify(batch, window, tree)
         clock.verified()
@@ -139,19 +148,13 @@ class DFlashWorker(BaseSpecWorker):
             speculative_output_stride=walked.tokens.shape[1],
         )
 
-    def _draft_tree(self, batch: Any, bonus_tokens: Tensor, window: Window) -> DraftTree:
-        if self.options.nodes == 0:
-            return DraftTree.root(bonus_tokens)
-        lattice = self.draft.draft(batch, bonus_tokens, window)
-        return self._grow(lattice, bonus_tokens, self.options.nodes)
-
     def _verify(self, batch: Any, window: Window, tree: DraftTree) -> tuple[Any, Tensor]:
         """The target's logits and features at every node, and the nodes' positions [bs * w]."""
         spec_info = window.input(tree.tokens, tree.depths, tree.mask, CaptureHiddenMode.FULL)
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = spec_info.draft_token
         batch.spec_info = spec_info
-        batch.seq_lens_cpu = batch.seq_lens_cpu + self.options.verified
+        batch.seq_lens_cpu = window.host_lens
         batch.seq_lens_sum = None
         forward_batch = ForwardBatch.init_new(
             batch,
@@ -189,15 +192,17 @@ class DFlashWorker(BaseSpecWorker):
 
     def _commit(self, window: Window, tree: DraftTree, walked: Walk, features: Tensor) -> None:
         """Move the accepted rows of the target's KV to the window's front, and write their features as draft KV."""
-        width = tree.tokens.shape[1]
+        source, destination, rows, positions, slots = kernels.commit_rows(
+            window.slots, window.prefix_lens, walked.nodes, walked.lens, tree.tokens.shape[1]
+        )
         if not self.options.chain:
-            source, destination = compaction(window.slots[:, :width], walked)
             self.target.token_to_kv_pool.move_kv_cache(destination, source)
-        kept = self._depths < walked.lens[:, None]
-        slots = torch.where(kept, window.slots[:, : self._depths.numel()], 0)
-        positions = window.prefix_lens[:, None] + self._depths
-        rows = _walked_rows(walked, width).flatten()
-        self.draft.write_context(features[rows], positions.flatten(), slots.flatten())
+        self.draft.write_context(features[rows], positions, slots)
+
+
+def _set_width(runner: Any, width: int) -> None:
+    """Let a runner capture passes of this many tokens a request; SGLang knows one width, the whole window's."""
+    runner.decode_num_tokens_per_req = lambda *, num_draft_tokens=None: width
 
 
 def _walked_rows(walked: Walk, width: int) -> Tensor:

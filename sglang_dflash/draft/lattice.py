@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sglang_dflash import kernels
 from sglang_dflash.draft.selector import Selector
-from sglang_dflash.kernels import lattice_logp, topk_lse
 from sglang_dflash.tree import Lattice
 
 
@@ -35,7 +35,17 @@ def build_lattice(
         scores = scores.float() * multiplier
     if softcap is not None:
         scores = torch.tanh(scores.float() / softcap) * softcap
-    unary, tokens, lse = topk_lse(scores, k)
-    tokens = tokens.view(bs, d, k)
-    transitions = selector.transitions(hidden, bonus, tokens) if selector is not None else None
-    return Lattice(tokens=tokens, logp=lattice_logp(unary.view(bs, d, k), lse.view(bs, d), transitions))
+    unary, tokens, lse = kernels.topk_lse(scores, k)
+    unary, tokens, lse = unary.view(bs, d, k), tokens.view(bs, d, k), lse.view(bs, d)
+    if selector is None:
+        return Lattice(tokens, kernels.lattice_logp(unary, lse, None))
+    logp = kernels.selector_logp(
+        unary,
+        lse,
+        tokens,
+        bonus,
+        selector.hidden_projection(hidden),
+        selector.predecessor_codebook,
+        selector.successor_codebook,
+    )
+    return Lattice(tokens, logp)

@@ -25,11 +25,12 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from sglang_dflash import kernels
 from sglang_dflash.draft.checkpoint import check_shapes, expected_shapes, own_name
 from sglang_dflash.draft.config import DraftConfig
 from sglang_dflash.draft.selector import make_selector
+from sglang_dflash.kernels import Pools
 
 # Checkpoint tensors that SGLang's layers keep side by side in one weight: ours, its shard.
 _STACKED = {
@@ -221,22 +222,23 @@ class DFlashDraftModel(nn.Module):
         """
         return self.hidden_norm(self.fc(features)[0])
 
-    def write_context(self, context: Tensor, positions: Tensor, slots: Tensor, kv_pool: Any) -> None:
+    def write_context(self, context: Tensor, positions: Tensor, slots: Tensor, pools: Pools) -> None:
         """Write every layer's keys and values of committed tokens into the draft's KV pool.
 
-        context [T, H] from `project_features`; positions and slots [T] int64. A row for slot 0, SGLang's
-        sink, is dropped. The context passes no convolution: only a block does.
+        context [T, H] from `project_features`; positions and slots [T] int64; pools: of all layers' keys, then values.
+        A row for slot 0, SGLang's sink, may be dropped. The context passes no convolution: only a block does.
         """
         attention = self.layers[0].self_attn
         kv = self.context_kv(context)[0]
-        k, v = kv.view(-1, 2, len(self.layers), attention.num_kv_heads, attention.head_dim).unbind(1)
-        if attention.k_norm is not None:
-            k = F.rms_norm(k, k.shape[-1:], eps=self.draft_config.rms_eps) * self.context_k_norm
-        # Rotated as if queries: one call for all layers, beside an empty key.
-        k, _ = attention.rotary_emb(positions, k.reshape(len(k), -1), k.new_zeros(len(k), attention.head_dim))
-        k = k.view_as(v)
-        for i, layer in enumerate(self.layers):
-            kv_pool.set_kv_buffer(layer.self_attn.attn, slots, k[:, i], v[:, i])
+        kernels.write_context(
+            kv.view(-1, 2, len(self.layers), attention.num_kv_heads, attention.head_dim),
+            self.context_k_norm if attention.k_norm is not None else None,
+            self._cos_sin,
+            positions,
+            slots,
+            pools,
+            self.draft_config.rms_eps,
+        )
 
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any) -> LogitsProcessorOutput:
         """One block a request, as a window pass of w = forward_batch.spec_info.draft_token_num tokens.
@@ -294,6 +296,7 @@ class DFlashDraftModel(nn.Module):
             qkv = [getattr(a.qkv_proj, name) for a in attention]
             kv = [w.split([a.q_size, a.kv_size, a.kv_size])[1:] for w, a in zip(qkv, attention, strict=True)]
             getattr(self.context_kv, name).copy_(torch.cat([k for k, _ in kv] + [v for _, v in kv]))
+        self._cos_sin = attention[0].rotary_emb.cos_sin_cache.float()
         if attention[0].k_norm is not None:
             self.context_k_norm.copy_(torch.stack([a.k_norm.weight for a in attention])[:, None])
 

@@ -20,8 +20,9 @@ from sglang_dflash.draft.config import ARCHITECTURES
 from sglang_dflash.draft.lattice import build_lattice
 from sglang_dflash.draft.network import DFlashDraftModel
 from sglang_dflash.draft.selector import build_selector
+from sglang_dflash.kernels import Pools
 from sglang_dflash.options import Options
-from sglang_dflash.tree import Lattice
+from sglang_dflash.tree import DraftTree, grow, grow_chain
 from sglang_dflash.verify.window import Window
 
 
@@ -55,10 +56,18 @@ class DraftRunner:
         self._lm_head = target.model.lm_head
         self._logits = target.model.logits_processor._compute_lm_head
         self.selector = build_selector(self.network, embedding=embedding.weight, head=self._lm_head.weight)
+        self._grow = grow_chain if options.chain else grow
+        self._captured: dict[int, DraftTree] = {}  # by batch size: what a replayed graph leaves behind
+        self.runner.capture_tail_hooks.append(self._capture_tree)
         block, device = options.block, target.device
         self._depths = torch.arange(block, device=device)
         seen = torch.ones(block, block, dtype=torch.bool, device=device)
         self._mask = (seen.tril() if options.draft.causal else seen)[None]
+
+    def bind_pools(self) -> None:
+        """Called once, when SGLang has made the draft's KV pool."""
+        pool = self.runner.token_to_kv_pool
+        self._pools = Pools.of([*pool.k_buffer, *pool.v_buffer])
 
     def write_context(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
         """Write committed tokens' target features into the draft's KV pool.
@@ -66,24 +75,38 @@ class DraftRunner:
         features [T, layers * hidden], positions [T] int64, slots [T] int64; slot 0 takes rows to be dropped.
         """
         context = self.network.project_features(features)
-        self.network.write_context(context, positions, slots, self.runner.token_to_kv_pool)
+        self.network.write_context(context, positions, slots, self._pools)
 
-    def draft(self, batch: Any, bonus_tokens: Tensor, window: Window) -> Lattice:
-        """One draft pass: what may follow bonus_tokens [bs], as a lattice of options.depth positions."""
+    def draft(self, batch: Any, bonus_tokens: Tensor, window: Window) -> DraftTree:
+        """One draft pass: the tree, or chain, of what may follow bonus_tokens [bs]."""
+        if self.options.nodes == 0:
+            return DraftTree.root(bonus_tokens)
         bs, block = bonus_tokens.shape[0], self.options.block
         tokens = torch.full((bs, block), self.options.draft.mask_token_id, device=bonus_tokens.device)
         tokens[:, 0] = bonus_tokens
-        forward_batch = self._forward_batch(batch, tokens, window)
-        hidden = self.runner.forward(forward_batch).logits_output.hidden_states.view(bs, block, -1)
-        return build_lattice(
-            hidden[:, 1 : self.options.depth + 1],
+        result = self.runner.forward(self._forward_batch(batch, tokens, window))
+        if result.can_run_graph:
+            return self._captured[self.runner.decode_cuda_graph_runner.bs].first(bs)
+        return self._tree(result.logits_output.hidden_states, tokens.flatten())
+
+    def _capture_tree(self, _: Any, output: Any, forward_batch: Any, num_tokens: int) -> None:
+        """Called by SGLang at the end of a pass that it captures."""
+        self._captured[forward_batch.batch_size] = self._tree(output.hidden_states, forward_batch.input_ids)
+
+    def _tree(self, hidden: Tensor, input_ids: Tensor) -> DraftTree:
+        """From the pass's hidden [bs * block, H] and input_ids [bs * block]."""
+        options = self.options
+        bonus_tokens = input_ids.view(-1, options.block)[:, 0].contiguous()
+        lattice = build_lattice(
+            hidden.view(len(bonus_tokens), options.block, -1)[:, 1 : options.depth + 1],
             bonus_tokens,
             self._head,
             self.selector,
-            self.options.top_k,
-            multiplier=self.options.draft.output_multiplier,
-            softcap=self.options.draft.softcap,
+            options.top_k,
+            multiplier=options.draft.output_multiplier,
+            softcap=options.draft.softcap,
         )
+        return self._grow(lattice, bonus_tokens, options.nodes)
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self._logits(hidden, self._lm_head)[:, : self.options.draft.vocab_size]
@@ -91,7 +114,6 @@ class DraftRunner:
     def _forward_batch(self, batch: Any, tokens: Tensor, window: Window) -> ForwardBatch:
         bs, block = tokens.shape
         spec_info = window.input(tokens, self._depths, self._mask.expand(bs, -1, -1), CaptureHiddenMode.NULL)
-        host_lens = batch.seq_lens_cpu + block  # an upper bound: under overlap the host lags
         forward_batch = ForwardBatch(
             forward_mode=ForwardMode.TARGET_VERIFY,
             batch_size=bs,
@@ -99,8 +121,8 @@ class DraftRunner:
             positions=spec_info.positions,
             req_pool_indices=batch.req_pool_indices,
             seq_lens=window.prefix_lens,
-            seq_lens_cpu=host_lens,
-            seq_lens_sum=int(host_lens.sum()),
+            seq_lens_cpu=window.host_lens,
+            seq_lens_sum=int(window.host_lens.sum()),
             out_cache_loc=None,
             spec_algorithm=batch.spec_algorithm,
             spec_info=spec_info,

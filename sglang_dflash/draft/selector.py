@@ -12,7 +12,8 @@ from sglang_dflash.draft.config import DraftConfig
 class Selector(nn.Module):
     """DFlash2's selector: how well candidate c follows predecessor p where the draft's hidden state is h.
 
-    The score is <A[p] * (G h), B[c]>, with codebooks A and B [V, r] and G `hidden_projection` [r, H].
+    The score is <A[p] * (G h), B[c]>, with codebooks A and B [V, r] and G `hidden_projection` [r, H]; it is computed
+    in `kernels.selector_logp`.
     Parameters are named as in the checkpoint.
     """
 
@@ -30,18 +31,6 @@ class Selector(nn.Module):
 
     def bind_target(self, embedding: Tensor, head: Tensor) -> None:
         """Called once, after load, with the target's tables [V, H]. Free codebooks ask nothing of them."""
-
-    def transitions(self, hidden: Tensor, bonus: Tensor, tokens: Tensor) -> Tensor:
-        """Score of each candidate after each one position before; before the first stands the bonus token.
-
-        hidden [bs, d, H]; bonus [bs] int64; tokens [bs, d, K] int64. Returns [bs, d, K, K] float32, indexed
-        [request, position, predecessor, candidate]; at position 0 every row is the same.
-        """
-        k = tokens.shape[-1]
-        first = bonus[:, None, None].expand(-1, 1, k)
-        predecessors = self.predecessor_codebook[torch.cat([first, tokens[:, :-1]], dim=1)]
-        queries = predecessors * self.hidden_projection(hidden)[:, :, None]
-        return (queries @ self.successor_codebook[tokens].transpose(-1, -2)).float()
 
 
 class TiedSelector(Selector):

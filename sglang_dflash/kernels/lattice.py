@@ -16,6 +16,26 @@ def topk_lse(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return values.float(), indices, logits.float().logsumexp(-1)
 
 
+def selector_logp(
+    unary: Tensor,
+    lse: Tensor,
+    tokens: Tensor,
+    bonus_tokens: Tensor,
+    gate: Tensor,
+    predecessors: Tensor,
+    successors: Tensor,
+) -> Tensor:
+    """`lattice_logp` with a selector's transitions: <predecessors[p] * gate, successors[c]> from p to c.
+
+    unary [bs, d, K] float32, lse [bs, d] float32: as in `lattice_logp`; tokens [bs, d, K] int64; bonus_tokens [bs]
+    int64: before the first position; gate [bs, d, r] and the codebooks [V, r] in one float dtype. Returns
+    [bs, d, K, K] float32; at the first position every row is the same.
+    """
+    first = bonus_tokens[:, None, None].expand(-1, 1, tokens.shape[2])
+    before = predecessors[torch.cat([first, tokens[:, :-1]], 1)].float() * gate[:, :, None].float()
+    return lattice_logp(unary, lse, before @ successors[tokens].float().transpose(-1, -2))
+
+
 def lattice_logp(unary: Tensor, lse: Tensor, transitions: Tensor | None) -> Tensor:
     """Log-probability of each candidate given each candidate one depth before.
 

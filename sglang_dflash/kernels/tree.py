@@ -1,4 +1,4 @@
-"""Growing a draft tree from a lattice, walking it, and moving what the walk accepted."""
+"""Growing a draft tree from a lattice, and walking it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ def _kept_widths(d: int, k: int, n: int) -> list[int]:
     return widths
 
 
-def grow(tokens: Tensor, logp: Tensor, bonus_tokens: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def grow(
+    tokens: Tensor, logp: Tensor, bonus_tokens: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The n most probable paths of a lattice, as a tree in best-first order under the bonus token.
 
     tokens [bs, d, K] int64; logp [bs, d, Kp, K] float32, all <= 0; bonus_tokens [bs] int64. The lattice must
-    hold n nodes. Returns tokens, parents, depths [bs, n+1] int64 and path log-probabilities [bs, n+1]
-    float32, root first.
+    hold n nodes. Returns tokens, parents, depths [bs, n+1] int64, path log-probabilities [bs, n+1] float32,
+    root first, and the ancestor mask [bs, n+1, n+1] bool.
 
     The order is total: higher path log-probability first, then lower depth, then lower parent (its node
     index), then lower rank (the candidate's place k in tokens[b, depth-1, k]).
@@ -66,7 +68,8 @@ def grow(tokens: Tensor, logp: Tensor, bonus_tokens: Tensor, n: int) -> tuple[Te
     node_of_place.scatter_(1, chosen, torch.arange(n + 1, device=tokens.device).expand(bs, -1))
     parents = node_of_place.gather(1, place % total)
     with_root = torch.cat([bonus_tokens[:, None, None].expand(-1, 1, k), tokens], 1).flatten(1)
-    return with_root.gather(1, depths * k + rank), parents, depths, 0.0 - every_cost.gather(1, chosen)
+    path_logp = 0.0 - every_cost.gather(1, chosen)
+    return with_root.gather(1, depths * k + rank), parents, depths, path_logp, ancestor_mask(parents, min(d, n))
 
 
 def grow_chain(tokens: Tensor, logp: Tensor, bonus_tokens: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -105,46 +108,24 @@ def ancestor_mask(parents: Tensor, max_depth: int) -> Tensor:
 
 
 def walk(
-    tokens: Tensor,
-    parents: Tensor,
-    depths: Tensor,
-    mask: Tensor,
-    sampled: Tensor,
-    limit: Tensor | None,
-    d: int,
+    tokens: Tensor, parents: Tensor, mask: Tensor, sampled: Tensor, limit: Tensor | None, d: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the root, follow each node's sample for as long as it is the token of a child.
 
-    tokens, parents, depths [bs, w] int64 and mask [bs, w, w] bool: the trees, children of a node with
-    distinct tokens; sampled [bs, w] int64: the target's sample at each node; limit [bs] int: deepest node
-    each request may pass, >= 0; d: no node is deeper. Returns nodes [bs, d+1] int64 (padded with the last),
-    what is emitted [bs, d+1] int64 (padded with 0), and its length [bs] int32.
+    tokens, parents [bs, w] int64 and mask [bs, w, w] bool: the trees, children of a node with distinct
+    tokens; sampled [bs, w] int64: the target's sample at each node; limit [bs] int64: deepest node each request
+    may pass, >= 0; d: no node is deeper. Returns nodes [bs, d+1] int64 (padded with the last), what is
+    emitted [bs, d+1] int64 (padded with 0), and its length [bs] int32.
     """
     follows = tokens == sampled.gather(1, parents)
-    if limit is not None:
-        follows &= depths <= limit[:, None]
     follows[:, 0] = True
     # A node is passed if it and all its ancestors follow; as parents precede children, in index order.
     passed = (mask <= follows[:, None]).all(-1)
+    if limit is not None:
+        passed &= mask.sum(-1) <= limit[:, None] + 1  # a node sees its depth of ancestors, and itself
     index = torch.arange(tokens.shape[1], device=tokens.device)
     last = (passed * index).amax(1, keepdim=True)
     nodes = torch.where(passed, index, last).topk(d + 1, largest=False).values
     lens = passed.sum(1, dtype=torch.int32)
     emitted = sampled.gather(1, nodes) * (index[: d + 1] < lens[:, None])
     return nodes, emitted, lens
-
-
-def compaction(slots: Tensor, nodes: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-    """Which cache rows to copy so that what a walk passed stands at the front of its window.
-
-    slots [bs, w] int64: the window's slots, distinct in a request; nodes [bs, m] int64, m <= w, and lens [bs]
-    as from `walk`. Returns src and dst [bs * m] int64.
-
-    dst is the first m slots of each window, each once, so no two copies meet; past lens a row is copied to
-    itself. A row may be read and also written: read all of src before writing any of dst.
-    """
-    m = nodes.shape[1]
-    dst = slots[:, :m]
-    kept = torch.arange(m, device=slots.device) < lens[:, None]
-    src = torch.where(kept, slots.gather(1, nodes), dst)
-    return src.flatten(), dst.flatten()

@@ -30,6 +30,12 @@ class DraftTree:
     logp: Tensor
     max_depth: int
 
+    def first(self, bs: int) -> DraftTree:
+        """The trees of the first bs requests."""
+        return DraftTree(
+            self.tokens[:bs], self.parents[:bs], self.depths[:bs], self.mask[:bs], self.logp[:bs], self.max_depth
+        )
+
     @classmethod
     def root(cls, bonus_tokens: Tensor) -> DraftTree:
         """The tree of bonus_tokens [bs] int64 alone: to verify it is plain decoding."""

@@ -24,9 +24,8 @@ def grow(lattice: Lattice, bonus_tokens: Tensor, n: int) -> DraftTree:
             f"cannot grow {n} nodes from a lattice of depth {lattice.depth} with {lattice.tokens.shape[2]} "
             f"candidates a position: it holds 0 to {lattice.node_count}; ask for fewer nodes or draft deeper"
         )
-    tokens, parents, depths, logp = kernels.grow(lattice.tokens, lattice.logp, bonus_tokens, n)
-    max_depth = min(lattice.depth, n)
-    return DraftTree(tokens, parents, depths, kernels.ancestor_mask(parents, max_depth), logp, max_depth)
+    tokens, parents, depths, logp, mask = kernels.grow(lattice.tokens, lattice.logp, bonus_tokens, n)
+    return DraftTree(tokens, parents, depths, mask, logp, min(lattice.depth, n))
 
 
 def grow_chain(lattice: Lattice, bonus_tokens: Tensor, n: int) -> DraftTree:

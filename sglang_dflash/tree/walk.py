@@ -29,11 +29,9 @@ def walk(tree: DraftTree, sampled: Tensor, max_depth: Tensor | None = None) -> W
     """Follow the target's samples from the root while each is the token of a child.
 
     sampled [bs, n+1] int64: the target's sample at every node, drawn after the node's path. max_depth [bs]
-    int, >= 0: how many drafted tokens each request may accept at most (0: as plain decoding); None: no limit.
+    int64, >= 0: how many drafted tokens each request may accept at most (0: as plain decoding); None: no limit.
 
     What is emitted are the target's samples alone, so it is distributed as without a draft, whatever the
     sampling settings.
     """
-    return Walk(
-        *kernels.walk(tree.tokens, tree.parents, tree.depths, tree.mask, sampled, max_depth, tree.max_depth)
-    )
+    return Walk(*kernels.walk(tree.tokens, tree.parents, tree.mask, sampled, max_depth, tree.max_depth))

@@ -29,11 +29,13 @@ class WindowInput(DFlashVerifyInput):
 class Window:
     """Where a step writes. prefix_lens [bs] int64: committed tokens; slots [bs, w] int64: KV slots behind them.
 
+    host_lens [bs] int64 on the host: no length after the step is greater; under overlap the host lags behind.
     plan: SGLang's record of the same slots, which its forwards are bound to.
     """
 
     prefix_lens: Tensor
     slots: Tensor
+    host_lens: Tensor
     plan: Any
 
     @classmethod
@@ -44,14 +46,16 @@ class Window:
         slots = runner.req_to_token_pool.req_to_token[batch.req_pool_indices[:, None], columns].to(
             torch.int64
         )
+        # Where no attention backend asks the host for lengths, it knows only how much was allocated.
+        host_lens = batch.seq_lens_cpu if batch.seq_lens_cpu is not None else batch.spec_info.nxt_kv_lens_cpu
         plan = runner.kv_index_translator.plan(
             req_pool_indices=batch.req_pool_indices,
             seq_lens=prefix_lens,
-            seq_lens_cpu=batch.seq_lens_cpu,
+            seq_lens_cpu=host_lens,
             write_virtual=slots.flatten(),
             read_extent=width,
         )
-        return cls(prefix_lens, slots, plan)
+        return cls(prefix_lens, slots, host_lens + width, plan)
 
     def input(self, tokens: Tensor, depths: Tensor, mask: Tensor, capture: CaptureHiddenMode) -> WindowInput:
         """The pass over tokens [bs, w] at depths [bs, w] or [w] behind the prefix, under mask [bs, w, w]."""

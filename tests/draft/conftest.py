@@ -14,6 +14,8 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
+from sglang_dflash.kernels import Pools
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_process() -> None:
@@ -36,6 +38,10 @@ class Pool:
     def __init__(self, layers: int, slots: int, kv_heads: int, head_dim: int) -> None:
         self.k = torch.full((layers, slots, kv_heads, head_dim), torch.nan)
         self.v = self.k.clone()
+
+    @property
+    def pools(self) -> Pools:
+        return Pools.of([*self.k, *self.v])
 
     def set_kv_buffer(self, layer: Any, slots: Tensor, k: Tensor, v: Tensor) -> None:
         self.k[layer.layer_id, slots], self.v[layer.layer_id, slots] = k, v
@@ -92,7 +98,7 @@ class Bench:
             torch.cat([context, torch.full((2, context.shape[1]), 7.0)]),
             torch.cat([positions, positions.new_zeros(2)]),
             torch.cat([slots, slots.new_zeros(2)]),
-            self.pool,
+            self.pool.pools,
         )
 
     def block(self, embeds: Tensor, prefix_lens: list[int]) -> Tensor:

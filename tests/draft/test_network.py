@@ -97,20 +97,6 @@ def test_a_causal_block_of_any_depth_is_the_full_one_s_start(kind: dict[str, Any
         assert min(errors) > 1e-2
 
 
-def test_the_first_position_s_predecessor_is_the_bonus_token() -> None:
-    raw = KINDS["tied selector"]
-    network = loaded(raw, weights(raw))
-    embedding, head = torch.randn(VOCAB, H), torch.randn(VOCAB, H)
-    selector = build_selector(network, embedding=embedding, head=head)
-    assert selector is not None
-    hidden, tokens = torch.randn(2, 3, H), torch.stack([torch.randperm(VOCAB)[:12].view(3, 4)] * 2)
-    scores = selector.transitions(hidden, torch.tensor([1, 2]), tokens)
-    assert scores.shape == (2, 3, 4, 4) and scores.dtype == torch.float32
-    assert torch.equal(scores[:, 0], scores[:, 0, :1].expand(2, 4, 4))
-    assert not torch.equal(scores[:, 1], scores[:, 1, :1].expand(2, 4, 4))
-    assert not torch.equal(scores[:, 0], selector.transitions(hidden, torch.tensor([2, 1]), tokens)[:, 0])
-
-
 def test_padding_rows_of_the_target_s_tables_do_not_reach_the_codebooks() -> None:
     raw = KINDS["tied selector"]
     table = torch.cat([torch.randn(VOCAB, H), torch.full((3, H), torch.nan)])

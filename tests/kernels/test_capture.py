@@ -16,7 +16,8 @@ def test_draft_side_ops_need_no_values(kp: int) -> None:
         transitions = torch.empty(bs, d, kp, k) if kp > 1 else None
         logp = kernels.lattice_logp(unary.view(bs, d, k), lse.view(bs, d), transitions)
         tokens, bonus = torch.empty(bs, d, k, dtype=torch.int64), torch.empty(bs, dtype=torch.int64)
-        assert [x.shape for x in kernels.grow(tokens, logp, bonus, n)] == [(bs, n + 1)] * 4
+        *nodes, mask = kernels.grow(tokens, logp, bonus, n)
+        assert [x.shape for x in nodes] == [(bs, n + 1)] * 4 and mask.shape == (bs, n + 1, n + 1)
         assert [x.shape for x in kernels.grow_chain(tokens, logp, bonus, d)] == [(bs, d + 1)] * 2
 
 
@@ -24,11 +25,10 @@ def test_verify_side_ops_need_no_values() -> None:
     bs, d, w = 4, 15, 64
     with torch.device("meta"):
         ints = torch.empty(bs, w, dtype=torch.int64)
-        mask = kernels.ancestor_mask(ints, d)
-        assert mask.shape == (bs, w, w)
-        nodes, emitted, lens = kernels.walk(ints, ints, ints, mask, ints, ints[:, 0], d)
+        mask = torch.empty(bs, w, w, dtype=torch.bool)
+        nodes, emitted, lens = kernels.walk(ints, ints, mask, ints, ints[:, 0], d)
         assert (nodes.shape, emitted.shape, lens.shape) == ((bs, d + 1), (bs, d + 1), (bs,))
-        assert [x.shape for x in kernels.compaction(ints, nodes, lens)] == [(bs * (d + 1),)] * 2
+        assert [x.shape for x in kernels.commit_rows(ints, ints[:, 0], nodes, lens, w)] == [(bs * (d + 1),)] * 5
 
 
 def test_the_meta_device_catches_a_host_read() -> None:

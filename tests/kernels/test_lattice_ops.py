@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -72,5 +73,22 @@ def test_a_nan_of_the_draft_still_gives_a_tree(transitions: torch.Tensor | None)
     logp = kernels.lattice_logp(unary, torch.tensor([[3.0, torch.nan]]), transitions)
     assert logp[:, 0].isfinite().all() and (logp[:, 1] == -torch.inf).all()
     tokens = torch.tensor([[[10, 11], [20, 21]]])
-    grown, parents, _, _ = kernels.grow(tokens, logp, torch.tensor([5]), 4)
+    grown, parents, *_ = kernels.grow(tokens, logp, torch.tensor([5]), 4)
     assert (grown.tolist(), parents.tolist()) == ([[5, 10, 11, 20, 21]], [[0, 0, 0, 1, 1]])
+
+
+def test_transitions_are_the_selector_s() -> None:
+    torch.manual_seed(0)
+    bs, d, k, r, vocab = 2, 3, 4, 8, 50
+    unary, lse = torch.randn(bs, d, k), torch.randn(bs, d) + 4
+    tokens = torch.rand(bs, d, vocab).argsort(-1)[..., :k]
+    bonus, gate = torch.tensor([1, 2]), torch.randn(bs, d, r)
+    a, b = torch.randn(vocab, r), torch.randn(vocab, r)
+    logp = kernels.selector_logp(unary, lse, tokens, bonus, gate, a, b)
+    assert logp.shape == (bs, d, k, k)
+    transitions = torch.empty(bs, d, k, k)
+    for i, depth, p, c in itertools.product(range(bs), range(d), range(k), range(k)):
+        before = bonus[i] if depth == 0 else tokens[i, depth - 1, p]
+        transitions[i, depth, p, c] = (a[before] * gate[i, depth] * b[tokens[i, depth, c]]).sum()
+    torch.testing.assert_close(logp, kernels.lattice_logp(unary, lse, transitions))
+    assert torch.equal(logp[:, 0], logp[:, 0, :1].expand(bs, k, k))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tree_reference import Case, cases, walk_by_hand
 
-from sglang_dflash.tree import DraftTree, Walk, compaction, grow, grow_chain, walk
+from sglang_dflash import kernels
+from sglang_dflash.tree import DraftTree, Walk, grow, grow_chain, walk
 
 
 def samples_for(tree: DraftTree, data: st.DataObject) -> torch.Tensor:
@@ -84,30 +87,32 @@ def test_the_same_token_on_another_branch_is_not_followed() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(cases(), st.data())
-def test_compaction_moves_accepted_rows_to_the_front(case: Case, data: st.DataObject) -> None:
+def test_accepted_rows_move_to_the_front(case: Case, data: st.DataObject) -> None:
     tree = grow(case.lattice, case.bonus, case.n)
     got = walk(tree, samples_for(tree, data))
     bs, w = tree.tokens.shape
-    pool = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
-    slots = torch.randperm(2 * bs * w, generator=pool)[: bs * w].view(bs, w)
+    m = tree.max_depth + 1
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    slots = 1 + torch.randperm(2 * bs * w, generator=rng)[: bs * w].view(bs, w)
+    prefix_lens = torch.randint(100, (bs,), generator=rng)
 
-    rows = [f"row {slot}" for slot in range(2 * bs * w)]
-    want = list(rows)
+    cache = torch.arange(2 * bs * w + 1)
+    want = cache.clone()
     for b in range(bs):
         for t in range(int(got.lens[b])):
-            want[slots[b, t]] = rows[slots[b, got.nodes[b, t]]]
+            want[slots[b, t]] = cache[slots[b, got.nodes[b, t]]]
 
-    src, dst = compaction(slots, got)
-    assert src.shape == dst.shape == (bs * (tree.max_depth + 1),)
-    assert len(set(dst.tolist())) == len(dst)
-    moved = list(rows)
-    for from_slot, to_slot in zip(src.tolist(), dst.tolist(), strict=True):
-        moved[to_slot] = rows[from_slot]
-    assert moved == want
-
-    cache = torch.arange(2 * bs * w)
-    cache[dst] = cache[src]
-    assert [f"row {value}" for value in cache.tolist()] == want
+    source, destination, rows, positions, context_slots = kernels.commit_rows(
+        slots, prefix_lens, got.nodes, got.lens, w
+    )
+    assert len(set(destination.tolist())) == len(destination) == bs * m
+    cache[destination] = cache[source]
+    assert torch.equal(cache, want)
+    for b, t in itertools.product(range(bs), range(m)):
+        i, kept = b * m + t, t < got.lens[b]
+        assert rows[i] == b * w + got.nodes[b, t]
+        assert positions[i] == prefix_lens[b] + t
+        assert context_slots[i] == (slots[b, t] if kept else 0)
 
 
 def test_the_root_alone_is_plain_decoding() -> None:

@@ -36,7 +36,7 @@ def cases(draw: st.DrawFn, max_d: int = 5, max_k: int = 5, max_n: int = 40, min_
     else:
         logp = (torch.randn(bs, d, kp, k, generator=rng) * 3).log_softmax(-1) - 0.01
     logp[:, 0] = logp[:, 0, :1]
-    tokens = torch.rand(bs, d, k + 2, generator=rng).argsort(-1)[..., :k]
+    tokens = torch.rand(bs, d, k + 2, generator=rng).argsort(-1)[..., :k].contiguous()
     lattice = Lattice(tokens, logp)
     n = draw(st.integers(min_n, min(max_n, lattice.node_count)))
     return Case(lattice, torch.randint(k + 2, (bs,), generator=rng), n)

@@ -1,0 +1,171 @@
+// The k highest logits of each row, and the log-sum-exp of the row, in two launches.
+//
+// Rows are cut into parts, one block each. A block's threads first find each their own highest element: the k-th highest
+// of these is a floor that at least k elements of the part reach, and no more than k threads' elements can. So the
+// second look at the part, now in cache, picks a few dozen candidates, and they are ranked by counting. Equal logits are
+// ranked by index, the lower one first, so keys are distinct and the answer does not depend on timing.
+#include "common.cuh"
+
+namespace dflash {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMostK = 32;
+
+using Key = unsigned long long;
+
+// Orders as (logit, lower index): the float's bits made monotone above the index's complement. NaN counts as -inf.
+__device__ inline Key key_of(float logit, int index) {
+  if (!(logit == logit)) logit = -INFINITY;
+  const unsigned bits = __float_as_uint(logit);
+  const unsigned ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return static_cast<Key>(ordered) << 32 | static_cast<unsigned>(~index);
+}
+
+__device__ inline int index_of(Key key) { return ~static_cast<unsigned>(key); }
+
+__device__ inline float logit_of(Key key) {
+  const unsigned ordered = key >> 32;
+  return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+}
+
+// sum(exp(x)) as a maximum and a sum relative to it.
+struct Lse {
+  float max, sum;
+};
+
+__device__ inline Lse join(Lse a, Lse b) {
+  const float max = fmaxf(a.max, b.max);
+  if (max == -INFINITY) return {max, 0.f};
+  return {max, a.sum * __expf(a.max - max) + b.sum * __expf(b.max - max)};
+}
+
+__device__ inline Lse block_join(Lse mine, Lse* shared) {
+  for (int step = kWarp / 2; step > 0; step /= 2)
+    mine = join(mine, {__shfl_xor_sync(kAll, mine.max, step), __shfl_xor_sync(kAll, mine.sum, step)});
+  const int warp = threadIdx.x / kWarp;
+  if (threadIdx.x % kWarp == 0) shared[warp] = mine;
+  __syncthreads();
+  Lse all = shared[0];
+  for (int i = 1; i < kThreads / kWarp; ++i) all = join(all, shared[i]);
+  return all;
+}
+
+// How many of keys [count] are higher than `key`.
+__device__ inline int rank_of(Key key, const Key* keys, int count) {
+  int rank = 0;
+  for (int i = 0; i < count; ++i) rank += keys[i] > key;
+  return rank;
+}
+
+template <typename T>
+__global__ void part_kernel(const T* logits, int64_t stride, int vocab, int parts, int k, Key* part_keys,
+                            float2* part_lse) {
+  constexpr int kVector = 16 / sizeof(T);
+  DFLASH_DYNAMIC_SHARED(memory);
+  Key* candidates = reinterpret_cast<Key*>(memory);  // [k * elements of a thread]
+  __shared__ Key highest[kThreads];
+  __shared__ Lse lse_of_warp[kThreads / kWarp];
+  __shared__ Key floor_key;
+  __shared__ int found;
+
+  const int part = blockIdx.x, row = blockIdx.y;
+  const T* line = logits + row * stride;
+  // Parts begin at whole vectors. A thread owns the same elements at both looks.
+  const int vectors = (vocab + kVector - 1) / kVector, per_part = (vectors + parts - 1) / parts;
+  const int begin = part * per_part, end = min(begin + per_part, vectors);
+  auto each = [&](auto visit) {
+    for (int v = begin + threadIdx.x; v < end; v += kThreads) {
+      alignas(16) T values[kVector];
+      *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(line + v * kVector);
+      for (int i = 0; i < kVector; ++i)
+        if (v * kVector + i < vocab) visit(key_of(to_float(values[i]), v * kVector + i));
+    }
+  };
+
+  Key mine = 0;
+  Lse lse{-INFINITY, 0.f};
+  each([&](Key key) {
+    mine = max(mine, key);
+    const float logit = logit_of(key);
+    if (logit > lse.max) {
+      lse.sum *= __expf(lse.max - logit);
+      lse.max = logit;
+    }
+    if (logit > -INFINITY) lse.sum += __expf(logit - lse.max);
+  });
+  highest[threadIdx.x] = mine;
+  if (threadIdx.x == 0) found = 0, floor_key = 0;
+  lse = block_join(lse, lse_of_warp);  // and a barrier
+  if (mine != 0 && rank_of(mine, highest, kThreads) == k - 1) floor_key = mine;
+  __syncthreads();
+  const Key least = max(floor_key, Key{1});  // with fewer than k threads at work every element is a candidate
+  each([&](Key key) {
+    if (key >= least) candidates[atomicAdd(&found, 1)] = key;
+  });
+  __syncthreads();
+  Key* out = part_keys + (static_cast<int64_t>(row) * parts + part) * k;
+  for (int i = threadIdx.x; i < k; i += kThreads)
+    if (i >= found) out[i] = 0;
+  for (int i = threadIdx.x; i < found; i += kThreads) {
+    const int rank = rank_of(candidates[i], candidates, found);
+    if (rank < k) out[rank] = candidates[i];
+  }
+  if (threadIdx.x == 0) part_lse[row * parts + part] = {lse.max, lse.sum};
+}
+
+__global__ void join_kernel(const Key* part_keys, const float2* part_lse, int parts, int k, float* values,
+                            int64_t* indices, float* out_lse) {
+  DFLASH_DYNAMIC_SHARED(memory);
+  Key* keys = reinterpret_cast<Key*>(memory);  // [parts * k]
+  const int row = blockIdx.x, count = parts * k;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) keys[i] = part_keys[static_cast<int64_t>(row) * count + i];
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    if (keys[i] == 0) continue;
+    const int rank = rank_of(keys[i], keys, count);
+    if (rank < k) {
+      values[row * k + rank] = logit_of(keys[i]);
+      indices[row * k + rank] = index_of(keys[i]);
+    }
+  }
+  if (threadIdx.x == 0) {
+    Lse lse{-INFINITY, 0.f};
+    for (int i = 0; i < parts; ++i) lse = join(lse, {part_lse[row * parts + i].x, part_lse[row * parts + i].y});
+    out_lse[row] = lse.max + logf(lse.sum);
+  }
+}
+
+template <typename T>
+void run(TensorView logits, TensorView values, TensorView indices, TensorView lse, TensorView scratch) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1), k = values.size(1), stride = logits.stride(0);
+  constexpr int kVector = 16 / sizeof(T);
+  TVM_FFI_ICHECK(logits.stride(1) == 1 && stride % kVector == 0) << "logits are not rows of whole 16-byte vectors";
+  TVM_FFI_ICHECK(k <= kMostK && k <= vocab) << "top-k takes 1 to " << kMostK << " of the row, got " << k;
+  // scratch: a row's keys of all parts, then their sums.
+  const int64_t parts = scratch.size(1), width = k + 1;
+  auto* keys = reinterpret_cast<Key*>(data<int64_t>(scratch, "scratch", {rows, parts, width}));
+  auto* sums = reinterpret_cast<float2*>(keys + rows * parts * k);
+  const int64_t vectors = (vocab + kVector - 1) / kVector, per_part = (vectors + parts - 1) / parts;
+  const int64_t per_thread = (per_part + kThreads - 1) / kThreads * kVector;
+  const cudaStream_t stream = stream_of(logits);
+  launch(part_kernel<T>, dim3(parts, rows), kThreads, k * per_thread * sizeof(Key), stream,
+         static_cast<const T*>(logits.data_ptr()), stride, vocab, parts, k, keys, sums);
+  launch(join_kernel, dim3(rows), kThreads, parts * k * sizeof(Key), stream, keys, sums, parts, k,
+         data<float>(values, "values", {rows, k}), data<int64_t>(indices, "indices", {rows, k}),
+         data<float>(lse, "lse", {rows}));
+}
+
+void topk_lse(TensorView logits, TensorView values, TensorView indices, TensorView lse, TensorView scratch) {
+  const DLDataType type = logits.dtype();
+  TVM_FFI_ICHECK_EQ(logits.ndim(), 2) << "logits are rows";
+  if (same_type(type, TypeOf<float>::value)) return run<float>(logits, values, indices, lse, scratch);
+  if (same_type(type, TypeOf<__half>::value)) return run<__half>(logits, values, indices, lse, scratch);
+  TVM_FFI_ICHECK(same_type(type, TypeOf<__nv_bfloat16>::value)) << "logits are float32, float16 or bfloat16";
+  run<__nv_bfloat16>(logits, values, indices, lse, scratch);
+}
+
+}  // namespace
+}  // namespace dflash
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk_lse, dflash::topk_lse);

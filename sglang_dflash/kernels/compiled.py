@@ -1,0 +1,137 @@
+"""The hot ops from csrc/, under the names and signatures of `plain`, which says what they mean.
+
+The sources are compiled on first use, for the GPU at hand, into tvm-ffi's cache; a library compiled ahead
+(`make ops`) is taken instead where there is one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sglang_dflash.kernels.lattice import lattice_logp as plain_lattice_logp
+from sglang_dflash.kernels.rows import Pools
+
+PACKAGE = Path(__file__).parents[1]
+AHEAD = PACKAGE / "kernels" / "ops.so"
+NAME = "sglang_dflash_ops"
+ARCHITECTURES = "8.0 8.9 9.0 10.0 12.0"  # compute capabilities that a library compiled ahead holds
+BLOCKS = 264  # of a launch that fills a large GPU twice over
+
+
+def sources() -> list[Path]:
+    """The CUDA sources, from an installed package or from its repository."""
+    directory = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"
+    return sorted(directory.glob("*.cu"))
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled ops, as tvm-ffi loads them. Raises RuntimeError with the compiler's words where it fails."""
+    import tvm_ffi
+    import tvm_ffi.cpp
+
+    if AHEAD.exists():
+        return tvm_ffi.load_module(str(AHEAD))
+    return tvm_ffi.cpp.load(NAME, cuda_files=[str(path) for path in sources()])
+
+
+def build_ahead() -> None:
+    """Compile for every architecture into the package, where `library` and a wheel built next find it."""
+    import tvm_ffi.cpp
+
+    os.environ["TVM_FFI_CUDA_ARCH_LIST"] = ARCHITECTURES
+    with tempfile.TemporaryDirectory() as directory:
+        files = [str(path) for path in sources()]
+        shutil.copy(tvm_ffi.cpp.build(NAME, cuda_files=files, build_directory=directory), AHEAD)
+
+
+def topk_lse(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows, vocab = logits.shape
+    parts = max(1, min(BLOCKS // rows, vocab // 4096))
+    values = logits.new_empty(rows, k, dtype=torch.float32)
+    indices = logits.new_empty(rows, k, dtype=torch.int64)
+    lse = logits.new_empty(rows, dtype=torch.float32)
+    scratch = logits.new_empty(rows, parts, k + 1, dtype=torch.int64)
+    library().topk_lse(logits, values, indices, lse, scratch)
+    return values, indices, lse
+
+
+def lattice_logp(unary: Tensor, lse: Tensor, transitions: Tensor | None) -> Tensor:
+    if transitions is not None:  # not a serving path: there `selector_logp` makes them
+        return plain_lattice_logp(unary, lse, transitions)
+    logp = torch.empty_like(unary)[:, :, None]
+    library().lattice_unary(unary, lse, logp)
+    return logp
+
+
+def selector_logp(
+    unary: Tensor,
+    lse: Tensor,
+    tokens: Tensor,
+    bonus_tokens: Tensor,
+    gate: Tensor,
+    predecessors: Tensor,
+    successors: Tensor,
+) -> Tensor:
+    logp = unary.new_empty(*unary.shape, unary.shape[-1])
+    library().lattice_selector(unary, lse, tokens, bonus_tokens, gate, predecessors, successors, logp)
+    return logp
+
+
+def grow(
+    tokens: Tensor, logp: Tensor, bonus_tokens: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bs, w = len(tokens), n + 1
+    grown, parents, depths = (tokens.new_empty(bs, w) for _ in range(3))
+    path_logp, mask = logp.new_empty(bs, w), tokens.new_empty(bs, w, w, dtype=torch.bool)
+    library().grow(tokens, logp, bonus_tokens, grown, parents, depths, path_logp, mask)
+    return grown, parents, depths, path_logp, mask
+
+
+def grow_chain(tokens: Tensor, logp: Tensor, bonus_tokens: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    grown, path_logp = tokens.new_empty(len(tokens), n + 1), logp.new_empty(len(tokens), n + 1)
+    library().grow_chain(tokens, logp, bonus_tokens, grown, path_logp)
+    return grown, path_logp
+
+
+def walk(
+    tokens: Tensor, parents: Tensor, mask: Tensor, sampled: Tensor, limit: Tensor | None, d: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    nodes, emitted = (tokens.new_empty(len(tokens), d + 1) for _ in range(2))
+    lens = tokens.new_empty(len(tokens), dtype=torch.int32)
+    library().walk(tokens, parents, sampled, limit, nodes, emitted, lens)
+    return nodes, emitted, lens
+
+
+def commit_rows(
+    slots: Tensor, prefix_lens: Tensor, nodes: Tensor, lens: Tensor, w: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    source, destination, rows, positions, context_slots = (nodes.new_empty(nodes.numel()) for _ in range(5))
+    library().commit_rows(
+        slots, prefix_lens, nodes, lens, w, source, destination, rows, positions, context_slots
+    )
+    return source, destination, rows, positions, context_slots
+
+
+def write_context(
+    kv: Tensor, k_norm: Tensor | None, cos_sin: Tensor, positions: Tensor, slots: Tensor, pools: Pools, eps: float
+) -> None:
+    library().write_context(kv, k_norm, cos_sin, positions, slots, pools.addresses.view(2, -1), eps)
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix_lse: Tensor, out: Tensor, scale: float, softcap: float
+) -> None:
+    library().window_attention(q, k, v, mask, prefix_lse, out, scale, softcap)
+
+
+if __name__ == "__main__":
+    build_ahead()

@@ -1,0 +1,20 @@
+"""The hot ops in plain torch: what each means, and the path a CPU takes."""
+
+from __future__ import annotations
+
+from sglang_dflash.kernels.attention import window_attention
+from sglang_dflash.kernels.lattice import lattice_logp, selector_logp, topk_lse
+from sglang_dflash.kernels.rows import commit_rows, write_context
+from sglang_dflash.kernels.tree import grow, grow_chain, walk
+
+__all__ = [
+    "commit_rows",
+    "grow",
+    "grow_chain",
+    "lattice_logp",
+    "selector_logp",
+    "topk_lse",
+    "walk",
+    "window_attention",
+    "write_context",
+]

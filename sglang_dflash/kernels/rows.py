@@ -1,0 +1,77 @@
+"""What a walk accepted, moved and written in the caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Cache tensors of one shape [slots, heads, size] that the same slots index, such as all layers' keys and values.
+
+    addresses [pools] int64, on their device: where each begins, for a kernel that serves all in one launch.
+    """
+
+    tensors: list[Tensor]
+    addresses: Tensor
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> Pools:
+        """Raises ValueError where the tensors are not contiguous or not of one shape."""
+        first = tensors[0]
+        if any(t.shape != first.shape or not t.is_contiguous() for t in tensors):
+            raise ValueError(
+                f"a KV pool's layers have shapes {[tuple(t.shape) for t in tensors]} or another layout than "
+                "[slots, heads, size]: such a pool is not served"
+            )
+        return cls(tensors, torch.tensor([t.data_ptr() for t in tensors], device=first.device))
+
+
+def commit_rows(
+    slots: Tensor, prefix_lens: Tensor, nodes: Tensor, lens: Tensor, w: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Where everything that a walk accepted comes from and goes to.
+
+    slots [bs, >= m] int64: the window's, distinct in a request; prefix_lens [bs] int64; nodes [bs, m] int64 and lens
+    [bs] int32 as from `walk`; w: tokens a request in the verify pass.
+
+    Returns five int64 [bs * m]. The first two, source and destination, are copies `cache[destination] =
+    cache[source]` that put the target's cache rows of the walked nodes at the front of their window, in path order: all
+    of source is read before destination is written, destination holds no slot twice, and past lens a row is copied to
+    itself. The others are for the draft's context: rows of the pass's [bs * w] tokens, their positions, and their
+    slots, 0 (SGLang's sink) past lens.
+    """
+    bs, m = nodes.shape
+    depths = torch.arange(m, device=nodes.device)
+    kept = depths < lens[:, None]
+    to = slots[:, :m]
+    source = torch.where(kept, slots.gather(1, nodes), to)
+    rows = nodes + torch.arange(0, bs * w, w, device=nodes.device)[:, None]
+    positions = prefix_lens[:, None] + depths
+    context_slots = torch.where(kept, to, 0)
+    return source.flatten(), to.flatten(), rows.flatten(), positions.flatten(), context_slots.flatten()
+
+
+def write_context(
+    kv: Tensor, k_norm: Tensor | None, cos_sin: Tensor, positions: Tensor, slots: Tensor, pools: Pools, eps: float
+) -> None:
+    """Norm and rotate the keys of committed tokens, and write keys and values of all layers into their pools.
+
+    kv [T, 2, layers, heads, size]: keys, then values; k_norm [layers, 1, size]: RMSNorm weights, None without; cos_sin
+    [positions, size] float32: cosines of the size / 2 pairs (i, i + size / 2), then their sines; positions and slots
+    [T] int64, a row for slot 0 may be dropped; pools: all layers' keys, then all layers' values.
+    """
+    k, v = kv.float().unbind(1)
+    if k_norm is not None:
+        k = F.rms_norm(k, k.shape[-1:], eps=eps) * k_norm
+    cos, sin = cos_sin[positions][:, None, None].chunk(2, -1)
+    one, two = k.chunk(2, -1)
+    k = torch.cat([one * cos - two * sin, two * cos + one * sin], -1)
+    layers = kv.shape[2]
+    for i in range(layers):
+        for pool, rows in ((pools.tensors[i], k), (pools.tensors[layers + i], v)):
+            pool.index_copy_(0, slots, rows[:, i].to(pool.dtype))

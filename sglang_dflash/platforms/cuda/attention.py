@@ -1,0 +1,98 @@
+"""Attention of window passes on Hopper and Ampere: FlashAttention-3 for the prefix, our op for the window.
+
+Every window token sees the whole prefix, so that part is plain attention without a mask, however long it is. What a
+token sees of its window is a few ancestors: our op visits those alone, and joins both parts. No mask as long as the
+context is ever made, and nothing is planned on the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention import flashattention_backend
+from sglang.srt.layers.attention.attention_registry import register_attention_backend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from torch import Tensor
+
+from sglang_dflash import kernels
+
+ATTENTION_BACKEND = "fa3"
+
+
+def register() -> None:
+    """In this process, runners that ask for FlashAttention-3 get the backend below."""
+    register_attention_backend(ATTENTION_BACKEND)(WindowAttentionBackend)
+
+
+class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
+    """SGLang's FlashAttention-3 backend, with window passes (TARGET_VERIFY) under `spec_info.window_mask`.
+
+    window_mask [bs, w, w] bool: window token i sees window token j, in every layer.
+    """
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        super().init_cuda_graph_state(max_bs, max_num_tokens)
+        width = max_num_tokens // max_bs
+        self._graph_lens = torch.ones(max_bs, dtype=torch.int32, device=self.device)
+        # Rows that only pad a batch see themselves: nothing undefined comes of them.
+        self._graph_mask = torch.eye(width, dtype=torch.bool, device=self.device).repeat(max_bs, 1, 1)
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        super().init_forward_metadata(forward_batch)
+        if forward_batch.forward_mode.is_target_verify():
+            bs, width = forward_batch.batch_size, forward_batch.spec_info.draft_token_num
+            mask = getattr(forward_batch.spec_info, "window_mask", None)
+            if mask is None:  # SGLang warming up
+                mask = torch.ones(bs, width, width, dtype=torch.bool, device=self.device)
+            self._bind(forward_batch.seq_lens.to(torch.int32), mask.contiguous())
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        if forward_batch.forward_mode.is_target_verify():
+            bs = forward_batch.batch_size
+            lens, mask = self._graph_lens[:bs], self._graph_mask[:bs]
+            if not in_capture:
+                lens.copy_(forward_batch.seq_lens[:bs])
+                given = forward_batch.spec_info.window_mask
+                mask[: len(given)].copy_(given)
+            self._bind(lens, mask)
+
+    def _bind(self, prefix_lens: Tensor, mask: Tensor) -> None:
+        self._prefix_lens, self._mask = prefix_lens, mask
+
+    def forward_extend(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
+    ) -> Tensor:
+        if not forward_batch.forward_mode.is_target_verify():
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        if kwargs or layer.sliding_window_size > -1:
+            raise NotImplementedError(
+                f"layer {layer.layer_id} asks attention for {sorted(kwargs) or 'a sliding window'}, which window "
+                "passes do not have: serve this model without DFLASH"
+            )
+        q, k, v = (
+            q.view(-1, layer.tp_q_head_num, layer.head_dim),
+            k.view(-1, layer.tp_k_head_num, layer.head_dim),
+            v.view(-1, layer.tp_v_head_num, layer.head_dim),
+        )
+        if save_kv_cache:
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
+        bs, width, _ = self._mask.shape
+        keys, values = self.get_paged_mha_kv_cache(layer)
+        out, lse, *_ = self.flash_attn_with_kvcache(
+            q=q.reshape(bs, width, *q.shape[1:]),
+            k_cache=keys,
+            v_cache=values,
+            page_table=self.forward_metadata.page_table,
+            cache_seqlens=self._prefix_lens,
+            softmax_scale=layer.scaling,
+            causal=False,
+            softcap=layer.logit_cap,
+            num_splits=self.num_splits,
+            return_softmax_lse=True,
+            ver=self.fa_impl_ver,
+        )
+        out = out.view(q.shape)
+        kernels.window_attention(q, k, v, self._mask, lse, out, layer.scaling, layer.logit_cap)
+        return out.view(len(out), -1)

@@ -1,0 +1,151 @@
+"""Ops from the CUDA sources against their plain meaning: on a CPU's emulation, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_dflash.kernels import Pools, compiled, plain
+
+# One rounding of each type, relative.
+ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture(params=["cpu", "cuda"], autouse=True)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Iterator[str]:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    if request.param == "cpu":
+        library = request.getfixturevalue("cpu_library")
+        monkeypatch.setattr(compiled, "library", lambda: library)
+    torch.manual_seed(0)
+    with torch.device(request.param):
+        yield request.param
+
+
+def agree(op: str, *args: Any, **tolerance: float) -> None:
+    got, want = getattr(compiled, op)(*args), getattr(plain, op)(*args)
+    for x, y in zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]:
+        assert x.dtype == y.dtype
+        if x.dtype.is_floating_point:
+            torch.testing.assert_close(x, y, **{"rtol": 0, "atol": 0, **tolerance})
+        else:
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(
+    ("rows", "vocab", "padding", "k"),
+    [(1, 16, 0, 16), (3, 777, 7, 16), (2, 40_000, 0, 16), (300, 100, 4, 5), (1, 5001, 7, 32), (2, 8200, 0, 1)],
+)
+def test_topk_lse(dtype: torch.dtype, rows: int, vocab: int, padding: int, k: int) -> None:
+    logits = (torch.randn(rows, vocab + padding) * 4).to(dtype)
+    logits[:, vocab:] = 99  # rows of the head that are no token
+    logits = logits[:, :vocab]
+    values, indices, lse = compiled.topk_lse(logits, k)
+    want_values, _, want_lse = plain.topk_lse(logits, k)
+    assert torch.equal(values, want_values)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    # Equal logits are common in 16 bits: the lower index comes first.
+    first = logits.float().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(indices, first)
+
+
+def test_topk_of_all_equal_of_infinite_and_of_broken_logits() -> None:
+    logits = torch.stack([torch.zeros(3000), torch.full((3000,), -torch.inf), torch.arange(3000.0), torch.zeros(3000)])
+    logits[1, 70] = 1.0
+    logits[3, 5:900] = torch.nan
+    values, indices, lse = compiled.topk_lse(logits, 4)
+    assert indices.tolist() == [[0, 1, 2, 3], [70, 0, 1, 2], [2999, 2998, 2997, 2996], [0, 1, 2, 3]]
+    assert values[1].tolist() == [1.0, *[-torch.inf] * 3]
+    torch.testing.assert_close(lse[:3], logits[:3].logsumexp(-1))
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("bs", "d", "k", "r"), [(1, 1, 4, 8), (3, 5, 16, 128), (2, 15, 16, 64), (1, 2, 32, 33)])
+def test_lattice(dtype: torch.dtype, bs: int, d: int, k: int, r: int) -> None:
+    vocab = 200
+    unary = torch.randn(bs, d, k).sort(-1, descending=True).values
+    lse = unary.logsumexp(-1) + 0.3
+    tokens = torch.rand(bs, d, vocab).argsort(-1)[..., :k].contiguous()
+    bonus, gate = torch.randint(vocab, (bs,)), torch.randn(bs, d, r).to(dtype)
+    a, b = torch.randn(vocab, r).to(dtype), torch.randn(vocab, r).to(dtype)
+    agree("selector_logp", unary, lse, tokens, bonus, gate, a, b, atol=2e-5, rtol=2e-5)
+    agree("lattice_logp", unary, lse, None, atol=1e-6)
+    unary[0, 0, 1] = -torch.inf
+    lse[-1, -1] = torch.nan
+    agree("selector_logp", unary, lse, tokens, bonus, gate, a, b, atol=2e-5, rtol=2e-5)
+    agree("lattice_logp", unary, lse, None, atol=1e-6)
+
+
+def lattice(bs: int, d: int, kp: int, k: int, vocab: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logp = (torch.randn(bs, d, kp, k) * 3).log_softmax(-1)
+    logp[:, 0] = logp[:, 0, :1]
+    tokens = torch.rand(bs, d, vocab).argsort(-1)[..., :k].contiguous()
+    return tokens, logp, torch.randint(vocab, (bs,))
+
+
+@pytest.mark.parametrize(
+    ("bs", "d", "kp", "k", "n"),
+    [(2, 15, 16, 16, 63), (1, 2, 16, 16, 2), (1, 15, 1, 16, 31), (2, 8, 16, 16, 15), (1, 9, 16, 16, 255)],
+)
+def test_grow(bs: int, d: int, kp: int, k: int, n: int) -> None:
+    tokens, logp, bonus = lattice(bs, d, kp, k)
+    agree("grow", tokens, logp, bonus, n)
+    agree("grow_chain", tokens, logp, bonus, min(d, n), atol=1e-5)  # torch adds up in another order
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize(("n", "d"), [(0, 0), (3, 2), (63, 15), (255, 15)])
+def test_walk_and_commit(n: int, d: int, limited: bool) -> None:
+    bs = 3
+    tokens, logp, bonus = lattice(bs, max(d, 1), 16, 16)
+    tree, parents, _, _, mask = plain.grow(tokens, logp, bonus, n)
+    sampled = torch.randint(40, tree.shape)
+    for node in range(1, n + 1):  # samples that lead deep
+        sampled.scatter_(1, parents[:, node : node + 1], tree[:, node : node + 1])
+    limit = torch.tensor([0, 2, 99]) if limited else None
+    args = (tree, parents, mask, sampled, limit, d)
+    agree("walk", *args)
+    nodes, _, lens = plain.walk(*args)
+    slots = 1 + torch.rand(bs, 4 * n + 20).argsort(-1)[:, : n + 3].contiguous()
+    agree("commit_rows", slots, torch.tensor([5, 0, 70]), nodes, lens, n + 1)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(
+    ("w", "heads", "kv_heads", "size"), [(1, 4, 4, 64), (5, 9, 3, 64), (40, 4, 1, 128), (3, 2, 2, 256)]
+)
+def test_window_attention(dtype: torch.dtype, w: int, heads: int, kv_heads: int, size: int) -> None:
+    bs, scale = 3, size**-0.5
+    qkv = torch.randn(bs * w, heads + 2 * kv_heads, size).to(dtype)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+    mask = (torch.rand(bs, w, w) < 0.3) | torch.eye(w, dtype=torch.bool)
+    prefix, lse = torch.randn(bs * w, heads, size).to(dtype), torch.randn(bs, heads, w)
+    lse[1] = -torch.inf  # no prefix: what a library's kernel leaves there may be anything
+    prefix[w : 2 * w] = torch.nan
+    for softcap in (0.0, 3.0):
+        got, want = prefix.clone(), prefix.clone()
+        compiled.window_attention(q, k, v, mask, lse, got, scale, softcap)
+        plain.window_attention(q, k, v, mask, lse, want, scale, softcap)
+        torch.testing.assert_close(got, want, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_write_context(dtype: torch.dtype, size: int, normed: bool) -> None:
+    tokens, layers, heads, room = 5, 3, 2, 20
+    kv = torch.randn(tokens, 2, layers, heads, size).to(dtype)
+    k_norm = torch.rand(layers, 1, size).to(dtype) if normed else None
+    angles = torch.arange(50.0)[:, None] * torch.rand(size // 2)
+    cos_sin = torch.cat([angles.cos(), angles.sin()], -1)
+    positions, slots = torch.tensor([3, 4, 49, 0, 7]), torch.tensor([9, 2, 19, 0, 1])
+    got, want = ([torch.zeros(room, heads, size, dtype=dtype) for _ in range(2 * layers)] for _ in range(2))
+    for op, pools in ((compiled, got), (plain, want)):
+        op.write_context(kv, k_norm, cos_sin, positions, slots, Pools.of(pools), 1e-6)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x[1:], y[1:], rtol=2 * ROUNDING[dtype], atol=2 * ROUNDING[dtype])
