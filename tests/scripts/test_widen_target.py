@@ -341,3 +341,13 @@ def test_weights_that_are_there_are_not_written_over(small_target: Path, tmp_pat
     draft = save_draft(tiny.KINDS["qwen3"], tmp_path / "draft")
     with pytest.raises(typer.BadParameter, match="already holds weights: give a new directory"):
         widen.main(small_target, draft, tmp_path / "out", draft, **WIDER, device="cpu")
+
+
+def test_a_wide_target_is_kept_for_one_more_draft(small_target: Path, tmp_path: Path) -> None:
+    draft, out = save_draft(tiny.KINDS["qwen3"], tmp_path / "draft"), tmp_path / "out"
+    widen.main(small_target, draft, out, tmp_path / "one", **WIDER, device="cpu")
+    written = {file: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
+    widen.main(small_target, draft, out, tmp_path / "two", **WIDER, device="cpu", seed=1)
+    assert {file: file.stat().st_mtime_ns for file in out.glob("*.safetensors")} == written
+    with pytest.raises(typer.BadParameter, match="weights of another shape"):
+        widen.main(small_target, draft, out, tmp_path / "three", **{**WIDER, "layers": 9}, device="cpu")
