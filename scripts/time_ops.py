@@ -1,0 +1,112 @@
+"""Time the compiled ops of a step on this GPU, at the sizes of an 8B target.
+
+    python scripts/time_ops.py --out docs/results/ops.json
+
+Each op runs fifty times in one CUDA graph, so what is timed is the GPU's work and the gap between two launches, not
+Python. Plain torch's time beside it is of such a graph with the plain ops. Needs torch, apache-tvm-ffi and nvcc alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sglang_dflash.kernels import Pools, compiled, plain
+
+REPEATS, ROUNDS = 50, 7
+NODES, DEPTH, K, RANK, VOCAB = 63, 15, 16, 128, 151_936
+HEADS, KV_HEADS, SIZE, LAYERS = 32, 8, 128, 5
+
+Case = tuple[str, Callable[[], object], Callable[[], object]]
+
+
+def cases(bs: int) -> list[Case]:
+    """(name, compiled, plain) of each op for a batch of bs requests, on the arguments a step would give."""
+    w, m = NODES + 1, DEPTH + 1
+    bf16 = torch.bfloat16
+    logits = (torch.randn(bs * DEPTH, VOCAB) * 3).to(bf16)
+    unary, tokens, lse = (x.view(bs, DEPTH, *x.shape[1:]) for x in plain.topk_lse(logits, K))
+    bonus = torch.randint(VOCAB, (bs,))
+    gate, a, b = torch.randn(bs, DEPTH, RANK).to(bf16), *torch.randn(2, VOCAB, RANK).to(bf16)
+    logp = plain.selector_logp(unary, lse, tokens, bonus, gate * 0.1, a, b)
+    tree, parents, _, _, mask = plain.grow(tokens, logp, bonus, NODES)
+    sampled = torch.randint(VOCAB, (bs, w))
+    for node in range(1, w):  # the deepest path is followed, the longest walk there is
+        sampled.scatter_(1, parents[:, node : node + 1], tree[:, node : node + 1])
+    nodes, _, lens = plain.walk(tree, parents, mask, sampled, None, DEPTH)
+    slots = 1 + torch.arange(bs * w).view(bs, w)
+    prefix = torch.full((bs,), 500)
+    q, k, v = (torch.randn(bs * w, heads, SIZE).to(bf16) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    prefix_lse, out = torch.randn(bs, HEADS, w), torch.randn(bs * w, HEADS, SIZE).to(bf16)
+    kv = torch.randn(bs * m, 2, LAYERS, KV_HEADS, SIZE).to(bf16)
+    pools = Pools.of([torch.zeros(bs * w + 1, KV_HEADS, SIZE, dtype=bf16) for _ in range(2 * LAYERS)])
+    k_norm, cos_sin = torch.ones(LAYERS, 1, SIZE, dtype=bf16), torch.rand(8192, SIZE)
+    _, _, _, positions, context_slots = plain.commit_rows(slots, prefix, nodes, lens, w)
+    arguments = {
+        "topk_lse": (logits, K),
+        "selector_logp": (unary, lse, tokens, bonus, gate, a, b),
+        "lattice_logp": (unary, lse, None),
+        "grow": (tokens, logp, bonus, NODES),
+        "grow_chain": (tokens, logp, bonus, DEPTH),
+        "window_attention": (q, k, v, mask, prefix_lse, out, SIZE**-0.5, 0.0),
+        "walk": (tree, parents, mask, sampled, None, DEPTH),
+        "commit_rows": (slots, prefix, nodes, lens, w),
+        "write_context": (kv, k_norm, cos_sin, positions, context_slots, pools, 1e-5),
+    }
+    return [
+        (name, *(lambda op=getattr(ops, name), args=args: op(*args) for ops in (compiled, plain)))
+        for name, args in arguments.items()
+    ]
+
+
+def microseconds(run: Callable[[], object]) -> float:
+    """Of one call, the least of a few rounds: what the GPU takes when nothing else does."""
+    for _ in range(3):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEATS):
+            run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    taken = []
+    for _ in range(ROUNDS):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        taken.append(start.elapsed_time(end))
+    return 1000 * min(taken) / REPEATS
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="where the figures go, as JSON")] = None,
+    batch_sizes: Annotated[str, typer.Option(help="comma-separated")] = "1,64",
+) -> None:
+    """Print, and write to OUT, microseconds a call by op and batch size."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no GPU: the compiled ops run on one")
+    torch.manual_seed(0)
+    rows = []
+    with torch.device("cuda"), torch.inference_mode():
+        for bs in map(int, batch_sizes.split(",")):
+            for name, ours, torchs in cases(bs):
+                rows.append({"op": name, "bs": bs, "us": microseconds(ours), "plain_us": microseconds(torchs)})
+    device = torch.cuda.get_device_name()
+    table = Table("op", "requests", "µs", "plain torch, µs", title=f"{device}, torch {torch.__version__}")
+    for row in rows:
+        table.add_row(row["op"], str(row["bs"]), f"{row['us']:.1f}", f"{row['plain_us']:.1f}")
+    Console().print(table)
+    if out is not None:
+        report = {"device": device, "torch": torch.__version__, "nodes": NODES, "depth": DEPTH, "k": K, "rows": rows}
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
