@@ -1,0 +1,133 @@
+"""Time one layer's attention of a tree pass on this GPU, masked in three ways and not masked at all.
+
+    python scripts/time_attention.py --out docs/results/attention.json
+
+- plain: FlashAttention-3, causal, no tree: what a chain of the same width and context costs
+- ours: FlashAttention-3 over the prefix, then `window_attention`: what a server runs (platforms/cuda)
+- flashinfer: its paged prefill kernel under a custom mask over prefix and window
+
+Llama-3.1-8B's heads, bfloat16. Each is timed in a CUDA graph and compared with the others' result. Needs sgl_kernel and
+flashinfer, as SGLang installs them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import flashinfer
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from sgl_kernel.flash_attn import flash_attn_with_kvcache
+from time_ops import microseconds
+from torch import Tensor
+
+from sglang_dflash.kernels import compiled
+
+HEADS, KV_HEADS, SIZE = 32, 8, 128
+SHAPES = [
+    (bs, width, context)
+    for bs, widths in ((1, (16, 64)), (16, (4, 16)), (64, (3, 16)))
+    for width in widths
+    for context in (512, 4096, 32768)
+    if bs * context <= 2**20
+]
+
+
+class Pass:
+    """One layer of a tree pass: bs requests of `width` tokens behind `context`, on pages of page_size slots."""
+
+    def __init__(self, bs: int, width: int, context: int, page_size: int) -> None:
+        self.bs, self.width, self.context, self.page_size = bs, width, context, page_size
+        room = (context + width + page_size - 1) // page_size
+        bf16 = torch.bfloat16
+        self.k_cache, self.v_cache = (torch.randn(bs * room, page_size, KV_HEADS, SIZE).to(bf16) for _ in range(2))
+        self.pages = torch.randperm(bs * room, dtype=torch.int32).view(bs, room)
+        self.q = torch.randn(bs * width, HEADS, SIZE).to(bf16)
+        parents = (torch.rand(bs, width) * torch.arange(width)).long()  # any node before
+        self.mask = plain_mask(parents)
+        columns = context + torch.arange(width)
+        slots = self.pages[:, columns // page_size].long() * page_size + columns % page_size
+        flat = (cache.view(-1, KV_HEADS, SIZE)[slots.flatten()] for cache in (self.k_cache, self.v_cache))
+        self.k, self.v = flat
+
+    def plain(self) -> Callable[[], Tensor]:
+        lens = torch.full((self.bs,), self.context + self.width, dtype=torch.int32)
+        q = self.q.view(self.bs, self.width, HEADS, SIZE)
+
+        def run() -> Tensor:
+            return flash_attn_with_kvcache(
+                q=q, k_cache=self.k_cache, v_cache=self.v_cache, page_table=self.pages, cache_seqlens=lens, causal=True
+            )
+
+        return run
+
+    def ours(self) -> Callable[[], Tensor]:
+        lens = torch.full((self.bs,), self.context, dtype=torch.int32)
+        q = self.q.view(self.bs, self.width, HEADS, SIZE)
+
+        def run() -> Tensor:
+            out, lse, *_ = flash_attn_with_kvcache(
+                q=q, k_cache=self.k_cache, v_cache=self.v_cache, page_table=self.pages, cache_seqlens=lens,
+                causal=False, return_softmax_lse=True,
+            )  # fmt: skip
+            out = out.view(self.q.shape)
+            compiled.window_attention(self.q, self.k, self.v, self.mask, lse, out, SIZE**-0.5, 0.0)
+            return out
+
+        return run
+
+    def flashinfer(self) -> Callable[[], Tensor]:
+        total = self.context + self.width
+        pages = (total + self.page_size - 1) // self.page_size
+        indptr = torch.arange(self.bs + 1, dtype=torch.int32)
+        whole = torch.cat([torch.ones(self.bs, self.width, self.context, dtype=torch.bool), self.mask], 2)
+        workspace = torch.empty(256 * 2**20, dtype=torch.uint8)
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
+        wrapper.plan(
+            indptr * self.width, indptr * pages, self.pages[:, :pages].flatten(),
+            torch.full((self.bs,), (total - 1) % self.page_size + 1, dtype=torch.int32),
+            HEADS, KV_HEADS, SIZE, self.page_size, custom_mask=whole.flatten(), q_data_type=torch.bfloat16,
+        )  # fmt: skip
+        return lambda: wrapper.run(self.q, (self.k_cache, self.v_cache))
+
+
+def plain_mask(parents: Tensor) -> Tensor:
+    """[bs, w, w] bool: itself and its ancestors; parents [bs, w], each before its child."""
+    bs, w = parents.shape
+    mask = torch.eye(w, dtype=torch.bool).repeat(bs, 1, 1)
+    for node in range(1, w):
+        mask[:, node] |= mask[torch.arange(bs), parents[:, node]]
+    return mask
+
+
+def row(bs: int, width: int, context: int, page_size: int) -> dict[str, float]:
+    one = Pass(bs, width, context, page_size)
+    runs = {"plain": one.plain(), "ours": one.ours(), "flashinfer": one.flashinfer()}
+    error = (runs["ours"]() - runs["flashinfer"]()).abs().max().item()
+    times = {name: microseconds(run) for name, run in runs.items()}
+    shape = {"bs": bs, "width": width, "context": context, "page_size": page_size}
+    return {**shape, **times, "ours_to_plain": times["ours"] / times["plain"], "error": error}
+
+
+def main(out: Annotated[Path | None, typer.Option(help="where the figures go, as JSON")] = None) -> None:
+    """Print, and write to OUT, microseconds of one layer by shape."""
+    torch.manual_seed(0)
+    with torch.device("cuda"), torch.inference_mode():
+        rows = [row(*shape, page_size) for page_size in (1, 16, 64) for shape in SHAPES]
+    device = torch.cuda.get_device_name()
+    table = Table(*rows[0], title=f"{device}, µs of one layer")
+    for values in rows:
+        table.add_row(*(f"{v:.4g}" for v in values.values()))
+    Console(width=140).print(table)
+    if out is not None:
+        versions = {"torch": torch.__version__, "flashinfer": flashinfer.__version__}
+        out.write_text(json.dumps({"device": device, **versions, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
