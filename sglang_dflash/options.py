@@ -15,18 +15,13 @@ from typing import Any
 from sglang_dflash import embedded
 from sglang_dflash.draft.checkpoint import check_tensors, tensor_shapes_on_disk
 from sglang_dflash.draft.config import DraftConfig
+from sglang_dflash.platforms import cuda
 from sglang_dflash.platforms.cpu.platform import ATTENTION_BACKEND
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_NODES = 15
 DEFAULT_DEPTH = 8
-ATTENTION_ARGUMENTS = (
-    "attention_backend",
-    "prefill_attention_backend",
-    "decode_attention_backend",
-    "speculative_draft_attention_backend",
-)
 TOP_K = 16  # candidates a position where the checkpoint names none
 
 
@@ -136,12 +131,14 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
             f"--speculative-draft-model-path (only the embedded target, {embedded.NAME!r}, brings its own)"
         )
     reason = reason_to_hand_over(server_args)
-    if reason and current_platform.device_type == "cpu":
+    on_cpu = current_platform.device_type == "cpu"
+    if reason and on_cpu:
         raise ValueError(f"{reason}: only SGLang's own DFLASH serves that, and it needs an accelerator")
     if reason:
         logger.info("DFLASH: served by SGLang's own worker, because %s.", reason)
         return original(server_args)
-    _check_attention(server_args)
+    if on_cpu:
+        _check_attention(server_args)
     chosen = Options.of(server_args)
     _check_draft(server_args, chosen.draft)
     logger.info(
@@ -159,6 +156,7 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         speculative_num_steps=1,
         speculative_eagle_topk=1,
         speculative_dflash_block_size=None,
+        **({} if on_cpu else {"attention_backend": cuda.ATTENTION_BACKEND}),
     )
     return original(server_args)
 
@@ -168,7 +166,7 @@ def _check_attention(server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     asked = resolving_view(server_args)
-    for name in ATTENTION_ARGUMENTS:
+    for name in cuda.ATTENTION_ARGUMENTS:
         backend = getattr(asked, name)
         if backend not in (None, ATTENTION_BACKEND):
             raise ValueError(
@@ -178,8 +176,7 @@ def _check_attention(server_args: Any) -> None:
 
 
 def _check_draft(server_args: Any, draft: DraftConfig) -> None:
-    target = _config_dict(server_args, server_args.model_path)
-    target = target.get("text_config") or target
+    target = _target_config(server_args)
     draft.check(
         hidden_size=target["hidden_size"],
         vocab_size=target["vocab_size"],
@@ -192,21 +189,31 @@ def _check_draft(server_args: Any, draft: DraftConfig) -> None:
 
 def reason_to_hand_over(server_args: Any) -> str:
     """Why SGLang's own DFLASH worker serves this, or nothing where ours does."""
-    path = Path(server_args.speculative_draft_model_path)
-    who, reason = _draft_config(server_args).served_by(tensor_shapes_on_disk(path) if path.is_dir() else ())
-    if who != "ours":
-        return f"the draft has {reason}"
     from sglang.srt.platforms import current_platform
 
-    if current_platform.device_type != "cpu":
-        return f"trees run on a plain CPU so far, not on {current_platform.device_name!r}"
-    sizes = ("tp_size", "pp_size", "dp_size", "attn_cp_size")
-    for size in sizes:
+    path, draft = Path(server_args.speculative_draft_model_path), _draft_config(server_args)
+    who, reason = draft.served_by(tensor_shapes_on_disk(path) if path.is_dir() else ())
+    if who != "ours":
+        return f"the draft has {reason}"
+    for size in ("tp_size", "pp_size", "dp_size", "attn_cp_size"):
         if (getattr(server_args, size, None) or 1) > 1:
             return f"--{size.replace('_', '-')} {getattr(server_args, size)} is more than one"
     if server_args.speculative_draft_window_size is not None:
         return "--speculative-draft-window-size asks for a windowed draft cache"
-    return ""
+    if current_platform.device_type == "cpu":
+        return ""
+    if current_platform.device_type != "cuda":
+        return f"trees run on CUDA and on a plain CPU, not on {current_platform.device_name!r}"
+    return _reason_on_cuda(server_args, draft) or "trees have not been tried on CUDA yet"
+
+
+def _reason_on_cuda(server_args: Any, draft: DraftConfig) -> str:
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from torch.cuda import get_device_capability
+
+    return cuda.unserved(
+        resolving_view(server_args), draft, _target_config(server_args), get_device_capability()
+    )
 
 
 def _draft_config(server_args: Any) -> DraftConfig:
@@ -216,6 +223,11 @@ def _draft_config(server_args: Any) -> DraftConfig:
         if Path(path).is_dir()
         else DraftConfig.from_dict(_config_dict(server_args, path))
     )
+
+
+def _target_config(server_args: Any) -> dict[str, Any]:
+    config = _config_dict(server_args, server_args.model_path)
+    return config.get("text_config") or config
 
 
 def _config_dict(server_args: Any, path: str) -> dict[str, Any]:

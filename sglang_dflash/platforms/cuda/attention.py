@@ -16,8 +16,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
 from sglang_dflash import kernels
-
-ATTENTION_BACKEND = "fa3"
+from sglang_dflash.platforms.cuda import ATTENTION_BACKEND
 
 
 def register() -> None:

@@ -1,0 +1,38 @@
+"""What window passes cannot do on CUDA is told apart before anything is loaded; no GPU is needed to know it."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_dflash import embedded
+from sglang_dflash.draft.config import DraftConfig
+from sglang_dflash.platforms import cuda
+
+ASKED = {**dict.fromkeys(cuda.ATTENTION_ARGUMENTS), "dtype": "auto", "kv_cache_dtype": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "draft", "target", "capability", "reason"),
+    [
+        ({}, {}, {}, (9, 0), ""),
+        ({"attention_backend": "fa3"}, {}, {"layer_types": ["full_attention"]}, (8, 0), ""),
+        ({}, {}, {}, (10, 0), "FlashAttention-3, which compute capability 10.0 has not"),
+        ({"attention_backend": "triton"}, {}, {}, (9, 0), "--attention-backend triton reads no tree"),
+        ({"dtype": "float32"}, {}, {}, (9, 0), "--dtype float32"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, {}, {}, (9, 0), "--kv-cache-dtype fp8_e4m3"),
+        ({}, {}, {"kv_lora_rank": 512}, (9, 0), "multi-head latent attention"),
+        ({}, {}, {"layer_types": ["full_attention", "sliding_attention"]}, (9, 0), "layers of sliding_attention"),
+        ({}, {"window_left": (-1, 127, -1)}, {}, (9, 0), "layers with a sliding window"),
+        ({}, {"causal_layers": (True, False, True)}, {}, (9, 0), "both causal and bidirectional"),
+    ],
+)
+def test_what_cuda_does_not_serve(
+    asked: dict[str, Any], draft: dict[str, Any], target: dict[str, Any], capability: tuple[int, int], reason: str
+) -> None:
+    config = dataclasses.replace(DraftConfig.load(embedded.DRAFT), **draft)
+    told = cuda.unserved(SimpleNamespace(**{**ASKED, **asked}), config, target, capability)
+    assert reason in told if reason else told == ""
