@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
+from rich.console import Console
 
 from sglang_dflash.cli import bench, demo, doctor, embedded
+from sglang_dflash.cli.server import ServerError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,3 +23,12 @@ app.command()(demo.demo)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench.bench)
 app.command()(doctor.doctor)
 app.command()(embedded.embedded)
+
+
+def main() -> None:
+    """The console script: a server that does not start is shown as its log, not as a traceback of ours."""
+    try:
+        app(prog_name="sglang-dflash")
+    except ServerError as error:
+        Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sglang_dflash.cli import app
+from sglang_dflash.cli import main
 
-app(prog_name="sglang-dflash")
+main()

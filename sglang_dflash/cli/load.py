@@ -1,6 +1,8 @@
 """Requests to a running server, and what they cost.
 
-They go to SGLang's own `/generate`, which streams token ids.
+They go to SGLang's own `/generate`, which streams token ids. SGLang's load generator (`sglang.benchmark.serving`) is
+not used: it keeps an answer's text but neither its ids nor its verify steps, so whether the text is the same and what
+a round's accept length is could not be told from it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,12 @@ from importlib import resources
 from itertools import pairwise
 from typing import Any
 
+import aiohttp
 import httpx
+import orjson
+
+FLUSH_LIMIT = 30  # seconds
+LONGEST_CHUNK = 10 * 2**20  # bytes of a line of the stream; aiohttp refuses longer ones
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,12 @@ class Answer:
     seconds: float  # seconds to the last
     verify_steps: int  # 0 without speculation
     accepted: int  # drafted tokens that were accepted
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds a token after the first chunk; None where that was all."""
+        rest = len(self.ids) - self.steps[0]
+        return (self.seconds - self.ttft) / rest if rest else None
 
 
 @dataclass(frozen=True)
@@ -54,44 +67,58 @@ def ask(
     max_tokens: int,
     temperature: float = 0.0,
     concurrency: int = 1,
+    stream_interval: int = 1,
 ) -> Round:
-    """Empty the server's prefix cache, then send every prompt (token ids), at most `concurrency` at once."""
-    params = {"max_new_tokens": max_tokens, "temperature": temperature}
+    """Empty the server's prefix cache, then send every prompt (token ids), at most `concurrency` at once.
+
+    stream_interval: how many tokens a chunk of the stream brings at least, after the first chunk. 1: every step is a
+    chunk, with all ids so far. `max_tokens`: two chunks, the first tokens and the whole answer.
+    """
+    params = {"max_new_tokens": max_tokens, "temperature": temperature, "stream_interval": stream_interval}
+    bodies = [orjson.dumps({"input_ids": ids, "sampling_params": params, "stream": True}) for ids in prompts]
 
     async def run() -> Round:
         turn = asyncio.Semaphore(concurrency)
-        async with httpx.AsyncClient(base_url=url, timeout=None) as client:
-            (await client.post("/flush_cache")).raise_for_status()
+        async with aiohttp.ClientSession(
+            url,
+            connector=aiohttp.TCPConnector(limit=0),  # the semaphore is the limit
+            timeout=aiohttp.ClientTimeout(total=None),
+            read_bufsize=LONGEST_CHUNK,
+        ) as client:
+            # SGLang flushes only when idle, and its scheduler may still be ending what came before.
+            async with client.post("/flush_cache", params={"timeout": FLUSH_LIMIT}) as response:
+                await _check(response)
 
-            async def one(ids: list[int]) -> Answer:
+            async def one(body: bytes) -> Answer:
                 async with turn:
-                    return await _ask_one(
-                        client, {"input_ids": ids, "sampling_params": params, "stream": True}
-                    )
+                    return await _ask_one(client, body)
 
             begin = time.perf_counter()
-            answers = await asyncio.gather(*map(one, prompts))
+            answers = await asyncio.gather(*map(one, bodies))
             return Round(list(answers), time.perf_counter() - begin)
 
     return asyncio.run(run())
 
 
-async def _ask_one(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
+async def _ask_one(client: aiohttp.ClientSession, body: bytes) -> Answer:
     ids: list[int] = []
     ends, times, meta = [0], [time.perf_counter()], {}
-    async with client.stream("POST", "/generate", json=body) as response:
-        if response.is_error:
-            await response.aread()
-            raise RuntimeError(f"the server answered {response.status_code}: {response.text}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
+    async with client.post("/generate", data=body, headers={"Content-Type": "application/json"}) as response:
+        await _check(response)
+        async for line in response.content:
+            if not line.startswith(b"data: {"):  # an empty line, or the end: data: [DONE]
                 continue
-            chunk = json.loads(line[len("data: ") :])
+            times.append(time.perf_counter())
+            chunk = orjson.loads(line[len(b"data: ") :])
             if "error" in chunk:
                 raise RuntimeError(f"the server answered: {chunk['error']}")
             ids, meta = chunk["output_ids"], chunk["meta_info"]  # ids since the answer's beginning
             ends.append(len(ids))
-            times.append(time.perf_counter())
+    if len(ids) != meta.get("completion_tokens"):
+        raise RuntimeError(
+            f"{len(ids)} ids came of an answer of {meta.get('completion_tokens')} tokens: a server under test must "
+            "stream all ids so far, leave out --incremental-streaming-output"
+        )
     return Answer(
         ids=ids,
         steps=[b - a for a, b in pairwise(ends)],
@@ -102,12 +129,39 @@ async def _ask_one(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     )
 
 
-def gsm8k(count: int) -> list[str]:
-    """The first questions of the GSM8K test set that ships with the package (400 of them)."""
-    lines = resources.files("sglang_dflash").joinpath("data/gsm8k.jsonl").read_text().splitlines()
+async def _check(response: aiohttp.ClientResponse) -> None:
+    if not response.ok:
+        raise RuntimeError(f"the server answered {response.status}: {await response.text()}")
+
+
+def memory_gb(url: str) -> dict[str, float] | None:
+    """Memory of its device that a server says it took; None where it tells nothing.
+
+    The target's weights and KV cache, and the captured graphs of target and draft: SGLang does not count a draft's
+    weights and KV cache.
+    """
+    states = httpx.get(f"{url}/server_info", timeout=60).raise_for_status().json().get("internal_states")
+    used = states[0].get("memory_usage") if states else None
+    if used is None:
+        return None
+    graphs = round(sum(used["graph"].values()), 3)
+    return {"weights": used["weight"], "kv_cache": used["kvcache"], "graphs": graphs}
+
+
+def questions(benchmark: str, count: int) -> list[str]:
+    """The first prompts of a benchmark that ships with the package. Raises ValueError if it has fewer."""
+    lines = resources.files("sglang_dflash").joinpath(f"data/{benchmark}.jsonl").read_text().splitlines()
     if count > len(lines):
-        raise ValueError(f"{count} prompts asked for, {len(lines)} shipped: ask for fewer")
-    return [json.loads(line)["question"] for line in lines[:count]]
+        raise ValueError(
+            f"{count} prompts are wanted, but {benchmark} has {len(lines)}: ask for fewer (--prompts, --per-slot, "
+            "--concurrency)"
+        )
+    return [next(iter(json.loads(line).values())) for line in lines[:count]]
+
+
+def gsm8k(count: int) -> list[str]:
+    """The first questions of the GSM8K test set."""
+    return questions("gsm8k", count)
 
 
 def chat_ids(tokenizer: Any, question: str) -> list[int]:

@@ -45,9 +45,9 @@ class Models:
         """SGLang's arguments for the target alone."""
         return ["--model-path", self.target]
 
-    def dflash_args(self, nodes: int | None) -> list[str]:
-        """SGLang's arguments for the pair; `nodes` drafted nodes a tree, None for the default."""
-        args = ["--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", self.draft]
+    def dflash_args(self, nodes: int | None, draft: str | None = None) -> list[str]:
+        """SGLang's arguments for the target and a draft: `nodes` drafted nodes a tree, None for the default."""
+        args = ["--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", draft or self.draft]
         if nodes is not None:
             args += ["--speculative-num-draft-tokens", str(nodes)]
         return [*self.plain_args(), *args]

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import click
 import httpx
 from rich.console import Console
 
@@ -23,7 +22,7 @@ STOP_LIMIT = 15.0
 LOG_TAIL = 30  # lines shown of a server that failed
 
 
-class ServerError(click.ClickException):
+class ServerError(RuntimeError):
     """A server that did not start; the message ends with its log, and is what the command line shows."""
 
 

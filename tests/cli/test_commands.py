@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sglang_dflash import embedded
+from sglang_dflash import cli, embedded
 from sglang_dflash.cli import app
+from sglang_dflash.cli.server import ServerError
 from sglang_dflash.embedded import cache, target
 
 runner = CliRunner()
@@ -83,3 +84,15 @@ def test_a_target_without_draft_is_refused(command: str) -> None:
     result = runner.invoke(app, [command, "--model", "some/model"], env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert "no draft for the target 'some/model': give one with --draft" in result.output
+
+
+def test_a_server_that_does_not_start_is_shown_as_its_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(prog_name: str) -> None:
+        raise ServerError("it ended with code 3:\n[the log]")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err == "it ended with code 3:\n[the log]\n"

@@ -12,32 +12,61 @@ import pytest
 from transformers import AutoTokenizer
 
 from sglang_dflash import embedded
-from sglang_dflash.cli import bench, demo, load
+from sglang_dflash.cli import demo, load
 from sglang_dflash.cli.models import Models
 
 STEPS = [1, 3, 1, 4]  # the prefill's token, then three verify steps that accepted 2, 0 and 3
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers any prompt p with tokens p0, p0+1, …: chunks carry all ids so far, as SGLang's do."""
+    """Answers any prompt p with tokens p0, p0+1, …: chunks carry all ids so far, as SGLang's do.
+
+    A prompt that begins with -1 is answered when as many as its second id are being asked, one with -2 in chunks
+    that carry new ids only, one with -3 with an error.
+    """
 
     busy, most_busy, flushed = 0, 0, 0
+    crowd = threading.Condition()
+
+    def do_GET(self) -> None:
+        graph = {"prefill": 0.5, "decode": 1.0}
+        used = {"weight": 16.0, "kvcache": 20.5, "graph": graph}
+        self._answer(json.dumps({"internal_states": [{"memory_usage": used}]}).encode())
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        if self.path.startswith("/flush_cache"):
+            Handler.flushed += 1
+            return self._answer(b"")
+        asked = json.loads(body)
+        with Handler.crowd:
+            Handler.busy += 1
+            Handler.most_busy = max(Handler.most_busy, Handler.busy)
+            Handler.crowd.notify_all()
+            if asked["input_ids"][0] == -1:
+                Handler.crowd.wait_for(lambda: Handler.most_busy >= asked["input_ids"][1], timeout=20)
+        self._stream(asked["input_ids"][0], every=asked["sampling_params"]["stream_interval"] == 1)
+        with Handler.crowd:
+            Handler.busy -= 1
+
+    def _answer(self, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _stream(self, first: int, every: bool) -> None:
         self.send_response(200)
         self.end_headers()
-        if self.path == "/flush_cache":
-            Handler.flushed += 1
-            return
-        Handler.busy += 1
-        Handler.most_busy = max(Handler.most_busy, Handler.busy)
-        first = json.loads(body)["input_ids"][0]
+        if first == -3:
+            self._send({"error": {"message": "out of memory"}})
         for i in range(len(STEPS)):
-            ids = list(range(first, first + sum(STEPS[: i + 1])))
+            if not every and 0 < i < len(STEPS) - 1:
+                continue
+            done = sum(STEPS[: i + 1])
+            ids = list(range(first + done - STEPS[i] if first == -2 else first, first + done))
             meta = {"spec_verify_ct": 3, "spec_num_correct_drafts": 5} if i == len(STEPS) - 1 else {}
-            self._send({"output_ids": ids, "meta_info": meta})
-        Handler.busy -= 1
+            self._send({"output_ids": ids, "meta_info": {"completion_tokens": done, **meta}})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _send(self, chunk: dict[str, Any]) -> None:
@@ -48,16 +77,20 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 256
+
+
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
 
 def test_ask_measures_steps_and_keeps_the_order(url: str) -> None:
-    before = Handler.flushed
+    before, Handler.most_busy = Handler.flushed, 0
     result = load.ask(url, [[10], [500], [90]], max_tokens=9, concurrency=2)
     assert [a.ids[0] for a in result.answers] == [10, 500, 90]
     for answer in result.answers:
@@ -70,16 +103,53 @@ def test_ask_measures_steps_and_keeps_the_order(url: str) -> None:
     assert Handler.flushed == before + 1
 
 
+def test_without_steps_the_first_tokens_and_the_end_are_streamed(url: str) -> None:
+    (answer,) = load.ask(url, [[10]], max_tokens=9, stream_interval=9).answers
+    assert answer.ids == list(range(10, 19))
+    assert answer.steps == [1, 8]
+    assert answer.tpot == pytest.approx((answer.seconds - answer.ttft) / 8)
+
+
+def test_as_many_at_once_as_asked_for(url: str) -> None:
+    Handler.most_busy = 0
+    load.ask(url, [[-1, 128]] * 128, max_tokens=9, concurrency=128)
+    assert Handler.most_busy == 128
+
+
+def test_chunks_of_new_ids_only_are_refused(url: str) -> None:
+    with pytest.raises(RuntimeError, match=r"4 ids .* of 9 tokens.*leave out --incremental-streaming-output"):
+        load.ask(url, [[-2]], max_tokens=9)
+
+
+def test_an_error_of_the_server_is_shown(url: str) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        load.ask(url, [[-3]], max_tokens=9)
+
+
+def test_memory_that_a_server_tells(url: str) -> None:
+    assert load.memory_gb(url) == {"weights": 16.0, "kv_cache": 20.5, "graphs": 1.5}
+
+
+def test_no_time_per_token_of_a_single_chunk() -> None:
+    assert answer([1, 2], [2]).tpot is None
+    assert answer([1, 2, 3, 4], [1, 2, 1]).tpot == pytest.approx(0.3)
+
+
 def test_no_accept_length_without_speculation() -> None:
     assert load.accept_length([answer([1, 2], [1, 1])]) is None
 
 
 def test_shipped_questions() -> None:
-    questions = load.gsm8k(400)
-    assert len(set(questions)) == 400
+    questions = load.gsm8k(1319)
+    assert len(set(questions)) == 1319
     assert questions[0].startswith("Janet’s ducks lay 16 eggs per day")
-    with pytest.raises(ValueError, match="401 prompts asked for, 400 shipped"):
-        load.gsm8k(401)
+    with pytest.raises(ValueError, match="1320 prompts are wanted, but gsm8k has 1319: ask for fewer"):
+        load.gsm8k(1320)
+
+
+@pytest.mark.parametrize("benchmark", ["gsm8k", "chat", "code"])
+def test_every_benchmark_has_prompts(benchmark: str) -> None:
+    assert len(set(load.questions(benchmark, 150))) == 150
 
 
 def answer(ids: list[int], steps: list[int], verify_steps: int = 0, accepted: int = 0) -> load.Answer:
@@ -98,25 +168,10 @@ def test_pieces_colour_what_was_drafted() -> None:
     assert not any("\ufffd" in piece for piece, _ in got)
 
 
-def test_rows_of_the_bench() -> None:
-    models = Models("smollm2-135m", "smollm2-135m", "/target", "/draft")
-    fast = load.Round([answer([1, 2, 3, 4], [1, 3], verify_steps=1, accepted=2)], 0.5)
-    row = bench.Row("ours", 15, 8, 1, [fast, fast], [2.0, 2.0], [True, True])
-    got = bench._json_row(row, models, 0.0)
-    assert got.pop("device")
-    assert got == {
-        "server": "ours", "model": "smollm2-135m", "draft": "smollm2-135m", "tree": 15, "depth": 8,
-        "concurrency": 1, "temperature": 0.0, "tok_s": [8.0, 8.0], "accept_length": 3.0, "ttft_ms": 100.0,
-        "same_text": True,
-    }  # fmt: skip
-    row.same[0] = False
-    assert bench._json_row(row, models, 0.0)["same_text"] is False
-    assert bench._json_row(row, models, 0.7)["same_text"] is None
-
-
 def test_arguments_for_the_server() -> None:
     models = Models("a", "b", "/target", "/draft")
     speculative = ["--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", "/draft"]
     assert models.plain_args() == ["--model-path", "/target"]
     assert models.dflash_args(None) == ["--model-path", "/target", *speculative]
     assert models.dflash_args(7)[-2:] == ["--speculative-num-draft-tokens", "7"]
+    assert "/other" in models.dflash_args(None, "/other")

@@ -46,7 +46,7 @@ def known() -> dict[tuple[int, ...], tuple[list[int], bool]]:
 
 
 def draft_from_answers(self: Any, batch: Any, bonus_tokens: torch.Tensor, window: Any) -> Any:
-    from sglang_dflash.tree import Lattice
+    from sglang_dflash.tree import Lattice, grow
 
     depth, vocab = self.options.depth, self.options.draft.vocab_size
     tokens = torch.empty(len(batch.reqs), depth, K, dtype=torch.int64)
@@ -57,4 +57,4 @@ def draft_from_answers(self: Any, batch: Any, bonus_tokens: torch.Tensor, window
         tokens[row] = (torch.tensor(coming)[:, None] + torch.arange(K) + (not right)) % vocab
     logp = torch.full((len(batch.reqs), depth, 1, K), -9.0)
     logp[..., 0] = -0.01
-    return Lattice(tokens, logp)
+    return grow(Lattice(tokens, logp), bonus_tokens, self.options.nodes)
