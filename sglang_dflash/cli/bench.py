@@ -23,6 +23,7 @@ from sglang_dflash.cli.results import Row, Server
 from sglang_dflash.cli.server import ServerError, quiet, serving
 
 WARM_UP_TOKENS = 16
+TABLE_WIDTH = 120
 DFLASH_RUNNING = 48  # requests that SGLang runs at once with DFLASH, unless told otherwise
 PLUGINS_OFF = {"SGLANG_PLUGINS": "none"}  # a plug-in list that names no plug-in keeps this package out
 
@@ -138,7 +139,8 @@ def bench(
     finally:  # an hour's rounds must not be lost with a server that fails in the last
         if any(row.rounds for row in rows):
             write()
-            console.print(results.table(rows, _caption(rounds, one_at_a_time)))
+            table = results.table(rows, _caption(rounds, one_at_a_time))
+            Console(stderr=as_json, width=max(console.width, TABLE_WIDTH)).print(table)  # a folded row reads badly
             if out:
                 console.print(f"written: {out} and {out.with_suffix('.png')}")
             if as_json:

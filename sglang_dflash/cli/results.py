@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from sglang_dflash.cli.load import Answer, Round, accept_length
@@ -132,18 +133,18 @@ def table(rows: Sequence[Row], caption: str) -> Table:
         "tok/s": lambda r: f"{median(x.tok_s for x in r.rounds):.1f}",
         "to none": lambda r: number("{:.2f}x", r.speed(r.beside(rows, "none"))),
         "to own": lambda r: number("{:.2f}x", r.speed(r.beside(rows, "own"))),
-        "accept length": lambda r: number("{:.2f}", accept_length(r.answers)),
+        "accept": lambda r: number("{:.2f}", accept_length(r.answers)),
         "ttft ms": lambda r: number("{:.0f}", percentile_ms((a.ttft for a in r.answers), 50)),
         "ttft p99": lambda r: number("{:.0f}", percentile_ms((a.ttft for a in r.answers), 99)),
         "tpot ms": lambda r: number("{:.1f}", percentile_ms((a.tpot for a in r.answers), 50)),
-        "memory GB": lambda r: number("{:.1f}", sum(r.memory.values()) if r.memory else None),
+        "GB": lambda r: number("{:.1f}", sum(r.memory.values()) if r.memory else None),
         "same text": alike,
     }
     measured = [row for row in rows if row.rounds]
-    result = Table(caption=caption, caption_justify="left")
+    result = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
     for name, cell in columns.items():
         if any(map(cell, measured)):
-            result.add_column(name, justify="left" if name == "server" else "right")
+            result.add_column(name, justify="left" if name == "server" else "right", no_wrap=name != "server")
     for row in measured:
         result.add_row(*(cell(row) for cell in columns.values() if any(map(cell, measured))))
     return result
