@@ -15,7 +15,7 @@ from typing import Any
 from sglang_dflash import embedded
 from sglang_dflash.draft.checkpoint import check_tensors, tensor_shapes_on_disk
 from sglang_dflash.draft.config import DraftConfig
-from sglang_dflash.platforms import cuda
+from sglang_dflash.platforms import cuda, other_attention
 from sglang_dflash.platforms.cpu.platform import ATTENTION_BACKEND
 
 logger = logging.getLogger(__name__)
@@ -165,14 +165,12 @@ def _check_attention(server_args: Any) -> None:
     """A backend that reads no window mask would let tree nodes see their siblings: wrong text, without a word."""
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    asked = resolving_view(server_args)
-    for name in cuda.ATTENTION_ARGUMENTS:
-        backend = getattr(asked, name)
-        if backend not in (None, ATTENTION_BACKEND):
-            raise ValueError(
-                f"--{name.replace('_', '-')} {backend} (page size {asked.page_size}) cannot read a tree: on a CPU "
-                f"DFLASH needs {ATTENTION_BACKEND}, with any page size; leave the option out"
-            )
+    view = resolving_view(server_args)
+    if asked := other_attention(view, ATTENTION_BACKEND):
+        raise ValueError(
+            f"{asked} (page size {view.page_size}) cannot read a tree: on a CPU DFLASH needs {ATTENTION_BACKEND}, "
+            "with any page size; leave the option out"
+        )
 
 
 def _check_draft(server_args: Any, draft: DraftConfig) -> None:

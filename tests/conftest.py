@@ -1,4 +1,4 @@
-"""The ops of csrc/, built for this machine's CPU, for tests that compare them with their plain meaning."""
+"""The embedded pair, and the ops of csrc/ built for this machine's CPU, to compare them with their plain meaning."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ import torch
 import tvm_ffi
 import tvm_ffi.cpp
 
-from sglang_dflash import kernels
+from sglang_dflash import embedded, kernels
 from sglang_dflash.kernels import compiled
 
 HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def pair() -> embedded.Pair:
+    return embedded.ensure()
 
 
 @pytest.fixture(scope="session")

@@ -116,11 +116,6 @@ def test_a_target_without_a_draft_is_refused(pair: embedded.Pair, tmp_path: Path
         resolve(model_path=str(target))
 
 
-@pytest.fixture(scope="session")
-def pair() -> embedded.Pair:
-    return embedded.ensure()
-
-
 def test_names_and_defaults_of_the_embedded_pair(pair: embedded.Pair) -> None:
     args = resolve(speculative_draft_model_path="smollm2-135m")
     assert (args.model_path, args.speculative_draft_model_path) == (str(pair.target), str(pair.draft))

@@ -35,13 +35,11 @@ def lattice(draft: Draft, target: Target, hidden: Tensor, bonus: Tensor) -> Latt
     n, depth, _ = hidden.shape
     logits = F.linear(hidden.to(target.head.dtype), target.head).flatten(0, 1)
     unary, tokens, lse = (t.unflatten(0, (n, depth)) for t in kernels.topk_lse(logits, draft.shape.candidates))
-    selector, transitions = draft.candidate_selector, None
-    if selector is not None:
-        a, b = selector.codebooks(target)
-        before = torch.cat([bonus[:, None, None].expand_as(tokens[:, :1]), tokens[:, :-1]], dim=1)
-        state = a[before] * selector.hidden_projection(hidden.float())[:, :, None]
-        transitions = state @ b[tokens].transpose(-1, -2)
-    return Lattice(tokens, kernels.lattice_logp(unary, lse, transitions))
+    selector = draft.candidate_selector
+    if selector is None:
+        return Lattice(tokens, kernels.lattice_logp(unary, lse, None))
+    gate = selector.hidden_projection(hidden.float())
+    return Lattice(tokens, kernels.selector_logp(unary, lse, tokens, bonus, gate, *selector.codebooks(target)))
 
 
 def accepted(lattice: Lattice, bonus: Tensor, gold: Tensor) -> Tensor:

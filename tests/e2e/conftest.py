@@ -23,11 +23,6 @@ Serve = Callable[..., AbstractContextManager[str]]
 
 
 @pytest.fixture(scope="session")
-def pair() -> embedded.Pair:
-    return embedded.ensure()
-
-
-@pytest.fixture(scope="session")
 def tokenizer(pair: embedded.Pair) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(pair.target)
 

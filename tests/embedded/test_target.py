@@ -23,11 +23,6 @@ from sglang_dflash.embedded import cache, target
 
 
 @pytest.fixture(scope="module")
-def pair() -> embedded.Pair:
-    return embedded.ensure()
-
-
-@pytest.fixture(scope="module")
 def tokenizer(pair: embedded.Pair) -> Any:
     return AutoTokenizer.from_pretrained(pair.target)
 

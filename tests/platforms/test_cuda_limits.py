@@ -12,7 +12,14 @@ from sglang_dflash import embedded
 from sglang_dflash.draft.config import DraftConfig
 from sglang_dflash.platforms import cuda
 
-ASKED = {**dict.fromkeys(cuda.ATTENTION_ARGUMENTS), "dtype": "auto", "kv_cache_dtype": "auto"}
+ASKED = {
+    "attention_backend": None,
+    "prefill_attention_backend": None,
+    "decode_attention_backend": None,
+    "speculative_draft_attention_backend": None,
+    "dtype": "auto",
+    "kv_cache_dtype": "auto",
+}
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_dflash.draft.config import DraftConfig
+from sglang_dflash.platforms import other_attention
 
 ATTENTION_BACKEND = "fa3"
-ATTENTION_ARGUMENTS = (
-    "attention_backend",
-    "prefill_attention_backend",
-    "decode_attention_backend",
-    "speculative_draft_attention_backend",
-)
 
 
 def unserved(arguments: Any, draft: DraftConfig, target: dict[str, Any], capability: tuple[int, int]) -> str:
@@ -22,9 +17,8 @@ def unserved(arguments: Any, draft: DraftConfig, target: dict[str, Any], capabil
     """
     if capability[0] not in (8, 9):
         return f"trees need FlashAttention-3, which compute capability {capability[0]}.{capability[1]} has not"
-    for name in ATTENTION_ARGUMENTS:
-        if getattr(arguments, name) not in (None, ATTENTION_BACKEND):
-            return f"--{name.replace('_', '-')} {getattr(arguments, name)} reads no tree, {ATTENTION_BACKEND} does"
+    if asked := other_attention(arguments, ATTENTION_BACKEND):
+        return f"{asked} reads no tree, {ATTENTION_BACKEND} does"
     if arguments.dtype in ("float32", "float"):
         return f"--dtype {arguments.dtype} is not FlashAttention-3's, which takes 16 bits"
     if arguments.kv_cache_dtype not in ("auto", "bf16", "bfloat16"):
