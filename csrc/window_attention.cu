@@ -7,52 +7,77 @@
 namespace dflash {
 namespace {
 
+// A lane's part of a row, loaded at once.
+template <typename T, int kPerLane>
+struct alignas(sizeof(T) * kPerLane < 16 ? sizeof(T) * kPerLane : 16) Part {
+  T raw[kPerLane];
+};
+
+constexpr int kAtOnce = 4;  // ancestors whose rows are on their way together: a node's few are all latency
+
 template <typename T, int kPerLane>  // head size = 32 * kPerLane
 __global__ void window_kernel(const T* q, const T* keys, const T* values, int64_t q_stride, int64_t k_stride,
                               int64_t v_stride, const bool* mask, const float* prefix_lse, T* out, int bs, int w,
                               int heads, int group, float scale, float softcap) {
+  using Row = Part<T, kPerLane>;
   constexpr int kHead = kWarp * kPerLane;
   const int unit = blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   if (unit >= bs * w * heads) return;
   const int head = unit % heads, token = unit / heads, request = token / w, node = token % w;
+  auto part = [&](const T* row) { return reinterpret_cast<const Row*>(row)[lane]; };
 
-  auto load = [&](const T* row, float (&x)[kPerLane]) {
-    alignas(sizeof(T) * kPerLane) T raw[kPerLane];
-    for (int i = 0; i < kPerLane; ++i) raw[i] = row[lane * kPerLane + i];
-    for (int i = 0; i < kPerLane; ++i) x[i] = to_float(raw[i]);
-  };
-  float query[kPerLane], sum[kPerLane], x[kPerLane];
-  load(q + token * q_stride + head * kHead, query);
-  for (int i = 0; i < kPerLane; ++i) query[i] *= scale;
+  const Row own = part(q + token * q_stride + head * kHead);
+  float query[kPerLane], sum[kPerLane];
+  for (int i = 0; i < kPerLane; ++i) query[i] = to_float(own.raw[i]) * scale;
 
   // Begin with the prefix: its softmax sum, relative to its own maximum, is 1 at this log-sum-exp.
   T* result = out + (static_cast<int64_t>(token) * heads + head) * kHead;
-  load(result, sum);
+  const Row prefix = part(result);
   float max = prefix_lse[(static_cast<int64_t>(request) * heads + head) * w + node], total = 1.f;
-  if (!(max > -INFINITY)) {  // no prefix: what stands in `out` then is no number
-    max = -INFINITY, total = 0.f;
-    for (int i = 0; i < kPerLane; ++i) sum[i] = 0.f;
-  }
+  const bool any = max > -INFINITY;  // without a prefix what stands in `out` is no number
+  if (!any) max = -INFINITY, total = 0.f;
+  for (int i = 0; i < kPerLane; ++i) sum[i] = any ? to_float(prefix.raw[i]) : 0.f;
 
   const bool* row = mask + (static_cast<int64_t>(request) * w + node) * w;
-  const int64_t first = static_cast<int64_t>(request) * w;
+  const T* first_key = keys + static_cast<int64_t>(request) * w * k_stride + head / group * kHead;
+  const T* first_value = values + static_cast<int64_t>(request) * w * v_stride + head / group * kHead;
   for (int base = 0; base < w; base += kWarp) {
     unsigned seen = __ballot_sync(kAll, base + lane < w && row[base + lane]);
-    for (; seen; seen &= seen - 1) {
-      const int64_t other = first + base + __ffs(seen) - 1;
-      load(keys + other * k_stride + head / group * kHead, x);
-      float score = 0.f;
-      for (int i = 0; i < kPerLane; ++i) score += query[i] * x[i];
-      score = warp_sum(score);
-      if (softcap > 0.f) score = softcap * tanhf(score / softcap);
-      const float higher = fmaxf(max, score), keep = __expf(max - higher), add = __expf(score - higher);
-      load(values + other * v_stride + head / group * kHead, x);
-      total = total * keep + add;
-      for (int i = 0; i < kPerLane; ++i) sum[i] = sum[i] * keep + add * x[i];
+    while (seen) {
+      Row key[kAtOnce], value[kAtOnce];
+      bool there[kAtOnce];
+      int other = 0;
+      for (int j = 0; j < kAtOnce; ++j) {
+        there[j] = seen != 0;
+        if (there[j]) other = base + __ffs(seen) - 1;  // else the last one again, to be left out below
+        seen &= seen - 1;
+        key[j] = part(first_key + other * k_stride);
+        value[j] = part(first_value + other * v_stride);
+      }
+      float score[kAtOnce], higher = max;
+      for (int j = 0; j < kAtOnce; ++j) {
+        score[j] = 0.f;
+        for (int i = 0; i < kPerLane; ++i) score[j] += query[i] * to_float(key[j].raw[i]);
+      }
+      for (int j = 0; j < kAtOnce; ++j) {
+        score[j] = warp_sum(score[j]);
+        if (softcap > 0.f) score[j] = softcap * tanhf(score[j] / softcap);
+        if (there[j]) higher = fmaxf(higher, score[j]);
+      }
+      const float keep = __expf(max - higher);
+      total *= keep;
+      for (int i = 0; i < kPerLane; ++i) sum[i] *= keep;
+      for (int j = 0; j < kAtOnce; ++j) {
+        const float add = there[j] ? __expf(score[j] - higher) : 0.f;
+        total += add;
+        for (int i = 0; i < kPerLane; ++i) sum[i] += add * to_float(value[j].raw[i]);
+      }
       max = higher;
     }
   }
-  for (int i = 0; i < kPerLane; ++i) result[lane * kPerLane + i] = from_float<T>(sum[i] / total);
+  Row done;
+  for (int i = 0; i < kPerLane; ++i) done.raw[i] = from_float<T>(sum[i] / total);
+  reinterpret_cast<Row*>(result)[lane] = done;
 }
 
 template <typename T>
@@ -67,6 +92,9 @@ void run(TensorView q, TensorView k, TensorView v, TensorView mask, TensorView p
     TVM_FFI_ICHECK(t->ndim() == 3 && t->size(2) == size && t->stride(2) == 1 && t->stride(1) == size &&
                    same_type(t->dtype(), TypeOf<T>::value))
         << "queries, keys and values are [tokens, heads, size] of one type";
+  for (const TensorView* t : {&q, &k, &v, &out})
+    TVM_FFI_ICHECK(reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == 0 && t->stride(0) * sizeof(T) % 16 == 0)
+        << "queries, keys, values and output begin at whole 16 bytes";
   const auto kernel = size == 64 ? window_kernel<T, 2> : size == 128 ? window_kernel<T, 4> : window_kernel<T, 8>;
   TVM_FFI_ICHECK(size == 64 || size == 128 || size == 256) << "head size " << size << " is not 64, 128 or 256";
   launch(kernel, dim3((tokens * heads + kWarpsPerBlock - 1) / kWarpsPerBlock), kWarpsPerBlock * kWarp, 0, stream_of(q),
