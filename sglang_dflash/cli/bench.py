@@ -20,7 +20,7 @@ from sglang_dflash import embedded
 from sglang_dflash.cli import load, results
 from sglang_dflash.cli.models import DraftOption, Models, TargetOption
 from sglang_dflash.cli.results import Row, Server
-from sglang_dflash.cli.server import ServerError, quiet, serving
+from sglang_dflash.cli.server import ServerError, quiet, starting
 
 WARM_UP_TOKENS = 16
 TABLE_WIDTH = 120
@@ -176,11 +176,18 @@ def _take_turns(rows: list[Row], urls: dict[str, str], plan: Plan, console: Cons
 
 
 def _start(group: list[Server], stack: ExitStack, console: Console) -> dict[str, str]:
-    """Start the servers, one after the other; gives their URLs by label."""
+    """Start the servers; gives their URLs by label.
+
+    With an accelerator all import SGLang at once, and then each in its turn takes memory: SGLang sizes a KV cache by
+    what is free before its weights are loaded and after its graphs are captured, which another server must not change.
+    A CPU has no cores to spare: there each starts when the one before it answers.
+    """
+    at_once = not _on_cpu()
+    started = (stack.enter_context(starting(s.label, s.args, s.env, gated=at_once)) for s in group)
     urls: dict[str, str] = {}
-    for server in group:
+    for label, server in zip((s.label for s in group), list(started) if at_once else started, strict=True):
         try:
-            urls[server.label] = stack.enter_context(serving(server.label, server.args, console, server.env))
+            urls[label] = server.ready(console)
         except ServerError as error:
             if not urls:
                 raise

@@ -12,7 +12,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 from rich.console import Console
@@ -26,19 +28,53 @@ class ServerError(RuntimeError):
     """A server that did not start; the message ends with its log, and is what the command line shows."""
 
 
-@contextmanager
-def serving(
-    title: str, args: list[str], console: Console, env: dict[str, str] | None = None
-) -> Iterator[str]:
-    """Run `python -m sglang.launch_server` with `args` on a free port; gives its URL once it answers.
+@dataclass(frozen=True)
+class Starting:
+    """A server whose process runs, whether it answers yet or not."""
 
-    Whatever happens inside, the server and all its processes are gone afterwards.
+    title: str
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+    gate: str | None
+    """URL that opens the gate it waits at, if it does."""
+
+    def ready(self, console: Console) -> str:
+        """Open its gate and wait until it answers; gives its URL."""
+        begin, shut = time.monotonic(), self.gate is not None
+        with console.status(f"starting {self.title}") as status:
+            while shut or not _healthy(self.url):
+                seconds = time.monotonic() - begin
+                if self.process.poll() is not None:
+                    self._fail(f"ended with code {self.process.returncode}")
+                if seconds > START_LIMIT:
+                    self._fail(f"did not answer in {seconds:.0f} s")
+                status.update(f"starting {self.title}: {seconds:.0f} s  [dim]{_escape(_tail(self.log, 1))[:100]}[/]")
+                shut = shut and not _opened(self.gate or "")
+                time.sleep(0.5)
+        console.print(f"[dim]{self.title} ready in {time.monotonic() - begin:.0f} s[/]")
+        return self.url
+
+    def _fail(self, what: str) -> NoReturn:
+        raise ServerError(f"{self.title} {what}:\n{_tail(self.log, LOG_TAIL)}")
+
+
+@contextmanager
+def starting(
+    title: str, args: list[str], env: dict[str, str] | None = None, *, gated: bool = False
+) -> Iterator[Starting]:
+    """Run `python -m sglang.launch_server` with `args` on a free port.
+
+    gated: it takes no sizable memory of its device until it is waited for. Whatever happens inside, the server and all
+    its processes are gone afterwards.
     """
     # A plain kill would leave the server running: turn it into an exception, which unwinds.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    port = _free_port()
+    port, gate = _free_port(), _free_port() if gated else None
     # An idle server must not take a core from the one that is being timed.
     command = [sys.executable, "-m", "sglang.launch_server", "--port", str(port), "--sleep-on-idle", *args]
+    if gate:
+        command += ["--gated-launch-port", str(gate)]
     with tempfile.TemporaryDirectory(prefix="sglang-dflash-") as scratch:
         log = Path(scratch, "server.log")
         with log.open("wb") as out:
@@ -46,11 +82,16 @@ def serving(
                 command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, **(env or {})}
             )
         try:
-            url = f"http://127.0.0.1:{port}"
-            _wait(title, process, url, log, console)
-            yield url
+            yield Starting(title, process, _local(port), log, f"{_local(gate)}/gate/activate" if gate else None)
         finally:
             _stop(process)
+
+
+@contextmanager
+def serving(title: str, args: list[str], console: Console, env: dict[str, str] | None = None) -> Iterator[str]:
+    """A server as `starting` runs it; gives its URL once it answers."""
+    with starting(title, args, env) as server:
+        yield server.ready(console)
 
 
 @contextmanager
@@ -66,18 +107,8 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _wait(title: str, process: subprocess.Popen[bytes], url: str, log: Path, console: Console) -> None:
-    begin = time.monotonic()
-    with console.status(f"starting {title}") as status:
-        while not _healthy(url):
-            seconds = time.monotonic() - begin
-            if process.poll() is not None:
-                raise ServerError(f"{title} ended with code {process.returncode}:\n{_tail(log, LOG_TAIL)}")
-            if seconds > START_LIMIT:
-                raise ServerError(f"{title} did not answer in {seconds:.0f} s:\n{_tail(log, LOG_TAIL)}")
-            status.update(f"starting {title}: {seconds:.0f} s  [dim]{_escape(_tail(log, 1))[:100]}[/]")
-            time.sleep(0.5)
-    console.print(f"[dim]{title} ready in {time.monotonic() - begin:.0f} s[/]")
+def _local(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
 
 
 def _escape(text: str) -> str:
@@ -89,6 +120,14 @@ def _healthy(url: str) -> bool:
         return httpx.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK
     except httpx.TransportError:  # not listening yet
         return False
+
+
+def _opened(gate: str) -> bool:
+    try:
+        httpx.post(gate, timeout=5).raise_for_status()
+    except httpx.TransportError:  # not there yet
+        return False
+    return True
 
 
 def _tail(log: Path, lines: int) -> str:

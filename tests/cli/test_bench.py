@@ -35,13 +35,21 @@ class Log(list[tuple[str, ...]]):
 def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     log = Log()
 
+    class Started:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def ready(self, console: object) -> str:
+            if log.broken == f"start {self.name}":
+                raise ServerError(f"{self.name} ended with code 1")
+            log.append(("ready", self.name))
+            return self.name
+
     @contextmanager
-    def serving(title: str, args: list[str], console: object, env: object) -> Iterator[str]:
+    def starting(title: str, args: list[str], env: object, *, gated: bool) -> Iterator[Started]:
         name = title.split(",")[0]
-        if log.broken == f"start {name}":
-            raise ServerError(f"{title} ended with code 1")
-        log.append(("start", name))
-        yield name
+        log.append(("start gated" if gated else "start", name))
+        yield Started(name)
         log.append(("stop", name))
 
     def ask(url: str, prompts: list[list[int]], *, max_tokens: int, **settings: Any) -> Round:
@@ -53,7 +61,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
         answers = [Answer([1, 2, 3], [1, 2], 0.1, 0.2, 0, 0) for _ in prompts]
         return Round(answers, 1.0 if url == "ours" else 2.0)
 
-    monkeypatch.setattr(bench, "serving", serving)
+    monkeypatch.setattr(bench, "starting", starting)
     monkeypatch.setattr(load, "ask", ask)
     monkeypatch.setattr(load, "memory_gb", lambda url: None)
     return log
@@ -120,8 +128,20 @@ def test_servers_take_turns_round_by_round(log: Log) -> None:
         + [("ask", n, f"{width} at 0.5", f"{max(2, width)} prompts") for _ in range(2) for n in names]
         for width in (1, 3)
     ]
-    starts, stops = [("start", n) for n in names], [("stop", n) for n in reversed(names)]
+    starts = [(what, n) for n in names for what in ("start", "ready")]
+    stops = [("stop", n) for n in reversed(names)]
     assert log == [*starts, *rounds[0], *rounds[1], *stops]
+
+
+def test_with_an_accelerator_all_start_at_once_and_take_memory_in_turn(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "_on_cpu", lambda: False)
+    result = run("--rounds", "1", "--tree", "7", "--tree", "chain:7", "--per-slot", "1")
+    assert result.exit_code == 0, result.output
+    names = ("SGLang", "ours", "ours")
+    assert log[:6] == [(what, n) for what in ("start gated", "ready") for n in names]
+    assert log[-3:] == [("stop", n) for n in reversed(names)]
 
 
 def test_one_server_after_the_other(log: Log) -> None:
@@ -133,6 +153,7 @@ def test_one_server_after_the_other(log: Log) -> None:
         for name in ("SGLang", "ours")
         for entry in (
             ("start", name),
+            ("ready", name),
             ("warm up", name, "1 at 0", "1 prompts"),
             *[("ask", name, "1 at 0", "4 prompts")] * 2,
             ("stop", name),

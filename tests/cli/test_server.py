@@ -36,6 +36,16 @@ http.server.HTTPServer(("127.0.0.1", int(args[args.index("--port") + 1])), Handl
 """
 
 
+GATED = """
+import http.server
+class Gate(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        open(os.environ["LOG"], "a").write(self.path + " ")
+        self.send_response(200); self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(args[args.index("--gated-launch-port") + 1])), Gate).handle_request()
+"""
+
+
 def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
@@ -55,6 +65,22 @@ def test_the_whole_process_group_ends(monkeypatch: pytest.MonkeyPatch, tmp_path:
     while not all(gone(pid) for pid in running):
         assert time.monotonic() < deadline, "a process of the server is still there"
         time.sleep(0.05)
+
+
+def test_gates_open_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_server(monkeypatch, tmp_path, GATED + SERVE)
+    logs = [tmp_path / "first", tmp_path / "second"]
+    envs = [{"PIDS": str(tmp_path / f"pids of {log.name}"), "LOG": str(log)} for log in logs]
+    console = Console(file=io.StringIO())
+    with (
+        server.starting("first", [], envs[0], gated=True) as first,
+        server.starting("second", [], envs[1], gated=True) as second,
+    ):
+        first.ready(console)
+        assert logs[0].read_text() == "/gate/activate " and not logs[1].exists()
+        assert second.process.poll() is None
+        second.ready(console)
+        assert logs[1].read_text() == "/gate/activate "
 
 
 def test_a_failing_server_shows_its_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
