@@ -179,8 +179,8 @@ def _start(group: list[Server], stack: ExitStack, console: Console) -> dict[str,
     """Start the servers; gives their URLs by label.
 
     With an accelerator all import SGLang at once, and then each in its turn takes memory: SGLang sizes a KV cache by
-    what is free before its weights are loaded and after its graphs are captured, which another server must not change.
-    A CPU has no cores to spare: there each starts when the one before it answers.
+    what is free before its weights are loaded and after, which no other server must change meanwhile. A CPU has no
+    cores to spare: there each starts when the one before it answers.
     """
     at_once = not _on_cpu()
     started = (stack.enter_context(starting(s.label, s.args, s.env, gated=at_once)) for s in group)
