@@ -69,7 +69,7 @@ class TorchEngine:
     """
 
     STEPS = 32
-    PREFILL_TOKENS = 1 << 16
+    PREFILL_TOKENS = 1 << 14  # at a time, padding included: prompts of like length go together
 
     def __init__(self, target: Target, slots: int, width: int) -> None:
         """width: the longest prompt and answer together, in tokens."""
@@ -83,7 +83,12 @@ class TorchEngine:
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self.lens = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens in the cache
         self.temperature = torch.zeros(slots, device=device)
-        self.sample = torch.compile(sample, dynamic=True) if device.type == "cuda" else sample
+        self.sample: Callable[[Tensor, Tensor], Tensor] = sample
+        if device.type == "cuda":
+            self.sample = torch.compile(sample, dynamic=True)
+            for layer in target.layers:  # what attention does to a cache in place stays outside of what is compiled
+                layer.before_attention = torch.compile(layer.before_attention, dynamic=True)
+                layer.after_attention = torch.compile(layer.after_attention, dynamic=True)
         self.step = self._captured() if device.type == "cuda" else self._step
 
     @torch.no_grad()
@@ -97,7 +102,7 @@ class TorchEngine:
 
         hidden = self.target.hidden(self.tokens, lens, attention, self.cache)
         self.tokens.copy_(self.sample(hidden @ self.target.head.T, self.temperature))
-        lens.add_(1).clamp_(max=self.width - 1)  # a finished slot idles at the end of its cache
+        lens.add_(1).clamp_(max=self.width - 1)
 
     def _captured(self) -> Callable[[], None]:
         stream = torch.cuda.Stream()
@@ -164,7 +169,9 @@ class TorchEngine:
             written[rows[:, None], count[rows, None] + np.arange(self.STEPS)] = made[:, rows].T
             stopped = (made[:, rows] == stop).any(0) | (written[rows, 0] == stop)
             count[rows] += self.STEPS
-            for slot in rows[stopped | (count[rows] >= limit[rows])].tolist():
+            done = rows[stopped | (count[rows] >= limit[rows])].tolist()
+            self.lens[done] = 0  # an idle slot reads next to nothing
+            for slot in done:
                 answer = written[slot, : min(count[slot], limit[slot])].tolist()
                 answer = answer[: answer.index(stop) + 1] if stop in answer else answer
                 answers[owner[slot]] = answer

@@ -69,16 +69,24 @@ class TargetLayer(nn.Module):
         put("norm1", w["input_layernorm"])
         put("norm2", w["post_attention_layernorm"])
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, state: Any) -> Tensor:
+    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of x, rotated."""
         qkv = F.linear(rms_norm(x, self.norm1, self.eps), self.qkv, self.qkv_bias)
         qkv = qkv.unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
-        out = attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, state)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+    def after_attention(self, x: Tensor, out: Tensor) -> Tensor:
+        """The layer's output, from its input x and what attention gave."""
         x = x + F.linear(out.flatten(-2), self.o)
         gate, up = F.linear(rms_norm(x, self.norm2, self.eps), self.gate_up).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, self.down)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, state: Any) -> Tensor:
+        q, k, v = self.before_attention(x, cos, sin)
+        return self.after_attention(x, attention(q, k, v, state))
 
 
 class Target(nn.Module):
