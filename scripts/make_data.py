@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,16 +51,19 @@ def main(
         list[Path] | None, typer.Option(help=".jsonl with a prompt or question a line; repeatable")
     ] = None,
     repeats: Annotated[int, typer.Option(help="times each given prompt is answered: greedily, at 0.7, at 1, ...")] = 3,
+    copies: Annotated[int, typer.Option(help="of each given prompt, with other numbers in it, answered greedily")] = 0,
     held_out: Annotated[list[Path] | None, typer.Option(help=".jsonl of prompts to keep out; repeatable")] = None,
     answers_only: Annotated[bool, typer.Option(help="answer the given prompts greedily, for evaluation")] = False,
     engine: Annotated[str, typer.Option(help="sglang, or torch: small targets, hosts without SGLang")] = "sglang",
     slots: Annotated[int, typer.Option(help="prompts answered at once by the torch engine")] = 2048,
     part: Annotated[str, typer.Option(help="I/N: make only chunks I, I + N, ...")] = "0/1",
+    minutes: Annotated[float, typer.Option(help="begin no chunk that would end later if like the last")] = math.inf,
     seed: int = 0,
 ) -> None:
     """Prompts and answers by TARGET into OUT."""
     from transformers import AutoTokenizer
 
+    started = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(target)
     chat = synth.ChatFormat(tokenizer)
     kept_out = synth.HeldOut(p for file in held_out or [] for p in synth.read_prompts(file))
@@ -73,14 +77,19 @@ def main(
     else:
         once = [p for file in given or [] for p in synth.read_prompts(file)]
         prompts = [(p, synth.TEMPERATURES[i % 3]) for i in range(repeats) for p in once]
+        prompts += [(p, 0.0) for p in synth.varied(once, copies, seed)]
         first, step = map(int, part.split("/"))
+        last = 0.0
         for number in range(first, chunks, step):
-            shard = out / f"shard-{number:05d}.npz"
+            shard, begin = out / f"shard-{number:05d}.npz", time.monotonic()
+            if begin + last > started + 60 * minutes:
+                break
             if not shard.exists():
                 write_shard(shard, making.chunk(number, chunk, prompts[number::chunks]))
-                console.print(f"{shard} done", highlight=False)
+                last = time.monotonic() - begin
+                console.print(f"{shard} done in {last:.0f} s", highlight=False)
         sources = synth.SOURCES
-    run = {"seed": seed, "engine": engine, "chunk": chunk, "repeats": repeats, "greedy": answers_only}
+    run = {"seed": seed, "engine": engine, "chunk": chunk, "repeats": repeats, "copies": copies, "greedy": answers_only}
     manifest(out, target, sources, run)
 
 

@@ -27,7 +27,7 @@ LONGEST_PROMPT = 400  # tokens, what came before in the conversation included; l
 TEMPERATURES, TEMPERATURE_SHARES = (0.0, 0.7, 1.0), (0.7, 0.15, 0.15)
 TEXT_SHARE, SECOND_TURN_SHARE = 0.06, 0.25
 SYSTEM_SHARES = (0.7, 0.1, 0.2)  # the chat template's own, an empty one, one of ours
-OPENING = re.compile(r"\s+")
+NUMBER = re.compile(r"\b\d{1,9}\b")
 
 
 @cache
@@ -65,6 +65,20 @@ def read_prompts(path: Path) -> list[str]:
     """Prompts of a .jsonl file with a `prompt` or `question` in each line."""
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     return [row["prompt"] if "prompt" in row else row["question"] for row in rows]
+
+
+def varied(prompts: list[str], copies: int, seed: int) -> list[str]:
+    """`copies` of each prompt that has two numbers or more, with others of as many digits in their place."""
+    rng = np.random.default_rng(seed)
+
+    def changed(prompt: str) -> str:
+        others: dict[str, str] = {}
+        for number in NUMBER.findall(prompt):
+            low = 10 ** (len(number) - 1)
+            others.setdefault(number, str(rng.integers(low, 10 * low)))
+        return NUMBER.sub(lambda found: others[found[0]], prompt)
+
+    return [changed(p) for p in prompts if len(set(NUMBER.findall(p))) > 1 for _ in range(copies)]
 
 
 class ChatFormat:
@@ -129,9 +143,10 @@ class Synthesis:
         talks = self._users(self._starts(rng, count))
         talks += [Conversation(self._system(rng), prompt, 1, temperature) for prompt, temperature in given]
         talks = self._fresh(talks)
-        self._answer(talks, [self.chat.cut(t.system)[0] + t.user + self.chat.cut(t.system)[1] for t in talks])
-        self._second_turn(rng, talks)
         texts = self._texts(rng, int(count * TEXT_SHARE))
+        asked = [self.chat.cut(t.system)[0] + t.user + self.chat.cut(t.system)[1] for t in talks]
+        self._answer(talks + texts, asked + [t.user for t in texts])
+        self._second_turn(rng, talks)
         return [Document(t.tokens, t.spans, t.source) for t in talks + texts if t.spans]
 
     def _generate(self, requests: list[Request]) -> list[list[int]]:
@@ -202,15 +217,13 @@ class Synthesis:
         self._answer([talk for talk, _ in both], [text for _, text in both])
 
     def _texts(self, rng: np.random.Generator, count: int) -> list[Conversation]:
-        """Raw text on our topics, outside of any chat."""
+        """Raw text on our topics, outside of any chat: its beginnings."""
         beginnings, topics = lines("beginnings"), lines("topics")
         picks = zip(rng.integers(len(beginnings), size=count), rng.integers(len(topics), size=count), strict=True)
         texts = [
             Conversation(None, beginnings[b].replace("{}", topics[t]), 2, self._temperature(rng)) for b, t in picks
         ]
-        texts = self._fresh(texts)
-        self._answer(texts, [t.user for t in texts])
-        return texts
+        return self._fresh(texts)
 
 
 def readable(prompt: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable
 from itertools import islice
@@ -11,7 +12,7 @@ import torch
 
 from sglang_dflash.training.data import Answers, Batch, Cursor, batches, pack
 from sglang_dflash.training.generate import Progress, Request
-from sglang_dflash.training.synth import ChatFormat, HeldOut, Synthesis, lines, readable
+from sglang_dflash.training.synth import ChatFormat, HeldOut, Synthesis, lines, readable, varied
 
 Make = Callable[..., Answers]
 
@@ -111,6 +112,15 @@ def test_held_out_prompts_and_their_likes_are_kept_out() -> None:
     given = [("Write a short poem about a lighthouse keeper who is afraid.", 0.0), ("What is rain made of?", 0.0)]
     made = synthesis(["Write a short poem about a lighthouse keeper who is afraid."]).chunk(0, 0, given)
     assert len(made) == 1 and "rain" in Words().batch_decode([made[0].tokens], False)[0]
+
+
+def test_varied_prompts_are_the_given_ones_with_other_numbers() -> None:
+    prompts = ["Ann has 12 apples and gives Ben 5. How many of the 12 are left?", "Why 7?", "Why?"]
+    made = varied(prompts, 20, seed=1)
+    assert made == varied(prompts, 20, seed=1) and len(made) == 20 and len(set(made)) > 15
+    for prompt in made:
+        found = re.fullmatch(r"Ann has (\d\d) apples and gives Ben \d. How many of the (\d\d) are left\?", prompt)
+        assert found and found[1] == found[2]
 
 
 def test_prompt_lists_are_distinct_and_prompts_filtered() -> None:
