@@ -24,7 +24,7 @@ from sglang_dflash.tree import Lattice, grow, grow_chain, walk
 
 TREES = (3, 7, 15, 31, 63)
 AT_ONCE = 512  # blocks whose logits stand in memory together
-ANCHORS = 64  # a row and draft pass
+ANCHORS = 128  # a row and draft pass: as many as training draws, so that its compiled mask serves here too
 
 Result = dict[str, dict[str, float]]
 """benchmark -> {"chain": .., "tree3": .., .., "served_chain": .., "served_tree3": ..}"""
