@@ -1,4 +1,5 @@
-// A window pass's attention to the window itself, joined with what a library's kernel made of the prefix.
+// A window pass's attention to the window itself, joined with what a library's kernel made of the prefix; and the window's
+// keys and values into the cache, as they are at hand.
 //
 // In a tree a node sees its ancestors only, at most its depth of them: a dense masked product would do mostly nothing.
 // One warp a query head and token visits the set bits of its mask's row.
@@ -17,8 +18,9 @@ constexpr int kAtOnce = 4;  // ancestors whose rows are on their way together: a
 
 template <typename T, int kPerLane>  // head size = 32 * kPerLane
 __global__ void window_kernel(const T* q, const T* keys, const T* values, int64_t q_stride, int64_t k_stride,
-                              int64_t v_stride, const bool* mask, const float* prefix_lse, T* out, int bs, int w,
-                              int heads, int group, float scale, float softcap) {
+                              int64_t v_stride, const bool* mask, const float* prefix_lse, T* out, T* key_cache,
+                              T* value_cache, const int64_t* slots, int bs, int w, int heads, int group, float scale,
+                              float softcap) {
   using Row = Part<T, kPerLane>;
   constexpr int kHead = kWarp * kPerLane;
   const int unit = blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -41,6 +43,11 @@ __global__ void window_kernel(const T* q, const T* keys, const T* values, int64_
   const bool* row = mask + (static_cast<int64_t>(request) * w + node) * w;
   const T* first_key = keys + static_cast<int64_t>(request) * w * k_stride + head / group * kHead;
   const T* first_value = values + static_cast<int64_t>(request) * w * v_stride + head / group * kHead;
+  if (slots != nullptr && head % group == 0) {
+    const int64_t to = slots[token] * (heads / group) * kHead + head / group * kHead;
+    reinterpret_cast<Row*>(key_cache + to)[lane] = part(first_key + node * k_stride);
+    reinterpret_cast<Row*>(value_cache + to)[lane] = part(first_value + node * v_stride);
+  }
   for (int base = 0; base < w; base += kWarp) {
     unsigned seen = __ballot_sync(kAll, base + lane < w && row[base + lane]);
     while (seen) {
@@ -81,8 +88,8 @@ __global__ void window_kernel(const T* q, const T* keys, const T* values, int64_
 }
 
 template <typename T>
-void run(TensorView q, TensorView k, TensorView v, TensorView mask, TensorView prefix_lse, TensorView out, double scale,
-         double softcap) {
+void run(TensorView q, TensorView k, TensorView v, TensorView mask, TensorView prefix_lse, TensorView out,
+         TensorView key_cache, TensorView value_cache, Optional<TensorView> slots, double scale, double softcap) {
   const int64_t tokens = q.size(0), heads = q.size(1), size = q.size(2), kv_heads = k.size(1);
   const int64_t bs = mask.size(0), w = mask.size(1);
   TVM_FFI_ICHECK_EQ(bs * w, tokens) << "the mask is of another window";
@@ -92,7 +99,8 @@ void run(TensorView q, TensorView k, TensorView v, TensorView mask, TensorView p
     TVM_FFI_ICHECK(t->ndim() == 3 && t->size(2) == size && t->stride(2) == 1 && t->stride(1) == size &&
                    same_type(t->dtype(), TypeOf<T>::value))
         << "queries, keys and values are [tokens, heads, size] of one type";
-  for (const TensorView* t : {&q, &k, &v, &out})
+  const int64_t room = key_cache.size(0);
+  for (const TensorView* t : {&q, &k, &v, &out, &key_cache, &value_cache})
     TVM_FFI_ICHECK(reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == 0 && t->stride(0) * sizeof(T) % 16 == 0)
         << "queries, keys, values and output begin at whole 16 bytes";
   const auto kernel = size == 64 ? window_kernel<T, 2> : size == 128 ? window_kernel<T, 4> : window_kernel<T, 8>;
@@ -100,18 +108,26 @@ void run(TensorView q, TensorView k, TensorView v, TensorView mask, TensorView p
   launch(kernel, dim3((tokens * heads + kWarpsPerBlock - 1) / kWarpsPerBlock), kWarpsPerBlock * kWarp, 0, stream_of(q),
          static_cast<const T*>(q.data_ptr()), static_cast<const T*>(k.data_ptr()), static_cast<const T*>(v.data_ptr()),
          q.stride(0), k.stride(0), v.stride(0), data<bool>(mask, "mask", {bs, w, w}),
-         data<float>(prefix_lse, "prefix_lse", {bs, heads, w}), data<T>(out, "out", {tokens, heads, size}), bs, w,
-         heads, heads / kv_heads, scale, softcap);
+         data<float>(prefix_lse, "prefix_lse", {bs, heads, w}), data<T>(out, "out", {tokens, heads, size}),
+         data<T>(key_cache, "key_cache", {room, kv_heads, size}),
+         data<T>(value_cache, "value_cache", {room, kv_heads, size}),
+         slots.has_value() ? data<int64_t>(slots.value(), "slots", {tokens}) : nullptr, bs, w, heads, heads / kv_heads,
+         scale, softcap);
 }
 
 void window_attention(TensorView q, TensorView k, TensorView v, TensorView mask, TensorView prefix_lse, TensorView out,
-                      double scale, double softcap) {
+                      TensorView key_cache, TensorView value_cache, Optional<TensorView> slots, double scale,
+                      double softcap) {
   const DLDataType type = q.dtype();
   TVM_FFI_ICHECK_EQ(q.ndim(), 3);
-  if (same_type(type, TypeOf<float>::value)) return run<float>(q, k, v, mask, prefix_lse, out, scale, softcap);
-  if (same_type(type, TypeOf<__half>::value)) return run<__half>(q, k, v, mask, prefix_lse, out, scale, softcap);
+  TVM_FFI_ICHECK_EQ(key_cache.ndim(), 3);
+  auto run_as = [&](auto element) {
+    run<decltype(element)>(q, k, v, mask, prefix_lse, out, key_cache, value_cache, slots, scale, softcap);
+  };
+  if (same_type(type, TypeOf<float>::value)) return run_as(float{});
+  if (same_type(type, TypeOf<__half>::value)) return run_as(__half{});
   TVM_FFI_ICHECK(same_type(type, TypeOf<__nv_bfloat16>::value)) << "attention is in float32, float16 or bfloat16";
-  run<__nv_bfloat16>(q, k, v, mask, prefix_lse, out, scale, softcap);
+  run_as(__nv_bfloat16{});
 }
 
 }  // namespace

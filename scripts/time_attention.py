@@ -1,9 +1,11 @@
-"""Time one layer's attention of a tree pass on this GPU, masked in three ways and not masked at all.
+"""Time one layer's attention of a tree pass on this GPU, masked in two ways and not masked at all.
 
     python scripts/time_attention.py --out docs/results/attention.json
 
 - plain: FlashAttention-3, causal, no tree: what a chain of the same width and context costs
-- ours: FlashAttention-3 over the prefix, then `window_attention`: what a server runs (platforms/cuda)
+- ours: FlashAttention-3 over the prefix, then `window_attention`: what a server runs (platforms/cuda), its tiles
+  scheduled once a pass
+- unscheduled: the same, its tiles scheduled in every layer
 - flashinfer: its paged prefill kernel under a custom mask over prefix and window
 
 Llama-3.1-8B's heads, bfloat16. Each is timed in a CUDA graph and compared with the others' result. Needs sgl_kernel and
@@ -22,7 +24,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from sgl_kernel.flash_attn import flash_attn_with_kvcache
+from sgl_kernel.flash_attn import flash_attn_with_kvcache, get_scheduler_metadata
 from time_ops import microseconds
 from torch import Tensor
 
@@ -51,9 +53,12 @@ class Pass:
         parents = (torch.rand(bs, width) * torch.arange(width)).long()  # any node before
         self.mask = plain_mask(parents)
         columns = context + torch.arange(width)
-        slots = self.pages[:, columns // page_size].long() * page_size + columns % page_size
-        flat = (cache.view(-1, KV_HEADS, SIZE)[slots.flatten()] for cache in (self.k_cache, self.v_cache))
-        self.k, self.v = flat
+        self.slots = (self.pages[:, columns // page_size].long() * page_size + columns % page_size).flatten()
+        self.k, self.v = (cache[self.slots] for cache in self.slot_caches())
+
+    def slot_caches(self) -> tuple[Tensor, Tensor]:
+        """The caches by slot, whatever the page size."""
+        return self.k_cache.view(-1, KV_HEADS, SIZE), self.v_cache.view(-1, KV_HEADS, SIZE)
 
     def plain(self) -> Callable[[], Tensor]:
         lens = torch.full((self.bs,), self.context + self.width, dtype=torch.int32)
@@ -66,17 +71,23 @@ class Pass:
 
         return run
 
-    def ours(self) -> Callable[[], Tensor]:
+    def ours(self, scheduled: bool = True) -> Callable[[], Tensor]:
         lens = torch.full((self.bs,), self.context, dtype=torch.int32)
         q = self.q.view(self.bs, self.width, HEADS, SIZE)
+        schedule = get_scheduler_metadata(
+            batch_size=self.bs, max_seqlen_q=self.width, max_seqlen_k=self.pages.shape[1] * self.page_size,
+            num_heads=HEADS, num_heads_k=KV_HEADS, headdim=SIZE, cache_seqlens=lens, page_size=self.page_size,
+        )  # fmt: skip
 
         def run() -> Tensor:
             out, lse, *_ = flash_attn_with_kvcache(
                 q=q, k_cache=self.k_cache, v_cache=self.v_cache, page_table=self.pages, cache_seqlens=lens,
-                causal=False, return_softmax_lse=True,
+                causal=False, return_softmax_lse=True, scheduler_metadata=schedule if scheduled else None,
             )  # fmt: skip
             out = out.view(self.q.shape)
-            compiled.window_attention(self.q, self.k, self.v, self.mask, lse, out, SIZE**-0.5, 0.0)
+            compiled.window_attention(
+                self.q, self.k, self.v, self.mask, lse, out, *self.slot_caches(), self.slots, SIZE**-0.5, 0.0
+            )
             return out
 
         return run
@@ -107,7 +118,12 @@ def plain_mask(parents: Tensor) -> Tensor:
 
 def row(bs: int, width: int, context: int, page_size: int) -> dict[str, float]:
     one = Pass(bs, width, context, page_size)
-    runs = {"plain": one.plain(), "ours": one.ours(), "flashinfer": one.flashinfer()}
+    runs = {
+        "plain": one.plain(),
+        "ours": one.ours(),
+        "unscheduled": one.ours(scheduled=False),
+        "flashinfer": one.flashinfer(),
+    }
     error = (runs["ours"]() - runs["flashinfer"]()).abs().max().item()
     times = {name: microseconds(run) for name, run in runs.items()}
     shape = {"bs": bs, "width": width, "context": context, "page_size": page_size}

@@ -45,6 +45,7 @@ def cases(bs: int) -> list[Case]:
     prefix = torch.full((bs,), 500)
     q, k, v = (torch.randn(bs * w, heads, SIZE).to(bf16) for heads in (HEADS, KV_HEADS, KV_HEADS))
     prefix_lse, out = torch.randn(bs, HEADS, w), torch.randn(bs * w, HEADS, SIZE).to(bf16)
+    caches = torch.zeros(2, bs * w + 1, KV_HEADS, SIZE, dtype=bf16)
     kv = torch.randn(bs * m, 2, LAYERS, KV_HEADS, SIZE).to(bf16)
     pools = Pools.of([torch.zeros(bs * w + 1, KV_HEADS, SIZE, dtype=bf16) for _ in range(2 * LAYERS)])
     k_norm, cos_sin = torch.ones(LAYERS, 1, SIZE, dtype=bf16), torch.rand(8192, SIZE)
@@ -55,7 +56,7 @@ def cases(bs: int) -> list[Case]:
         "lattice_logp": (unary, lse, None),
         "grow": (tokens, logp, bonus, NODES),
         "grow_chain": (tokens, logp, bonus, DEPTH),
-        "window_attention": (q, k, v, mask, prefix_lse, out, SIZE**-0.5, 0.0),
+        "window_attention": (q, k, v, mask, prefix_lse, out, *caches, slots.flatten(), SIZE**-0.5, 0.0),
         "walk": (tree, parents, mask, sampled, None, DEPTH),
         "commit_rows": (slots, prefix, nodes, lens, w),
         "write_context": (kv, k_norm, cos_sin, positions, context_slots, pools, 1e-5),

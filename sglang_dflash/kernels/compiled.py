@@ -128,9 +128,19 @@ def write_context(
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix_lse: Tensor, out: Tensor, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    prefix_lse: Tensor,
+    out: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor | None,
+    scale: float,
+    softcap: float,
 ) -> None:
-    library().window_attention(q, k, v, mask, prefix_lse, out, scale, softcap)
+    library().window_attention(q, k, v, mask, prefix_lse, out, key_cache, value_cache, slots, scale, softcap)
 
 
 if __name__ == "__main__":

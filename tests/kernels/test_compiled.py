@@ -127,11 +127,16 @@ def test_window_attention(dtype: torch.dtype, w: int, heads: int, kv_heads: int,
     prefix, lse = torch.randn(bs * w, heads, size).to(dtype), torch.randn(bs, heads, w)
     lse[1] = -torch.inf  # no prefix: what a library's kernel leaves there may be anything
     prefix[w : 2 * w] = torch.nan
-    for softcap in (0.0, 3.0):
-        got, want = prefix.clone(), prefix.clone()
-        compiled.window_attention(q, k, v, mask, lse, got, scale, softcap)
-        plain.window_attention(q, k, v, mask, lse, want, scale, softcap)
+    slots = 1 + torch.randperm(bs * w + 5)[: bs * w]
+    for softcap, to in ((0.0, slots), (3.0, None)):
+        results = []
+        for ops in (compiled, plain):
+            out, caches = prefix.clone(), [torch.zeros(bs * w + 6, kv_heads, size, dtype=dtype) for _ in range(2)]
+            ops.window_attention(q, k, v, mask, lse, out, *caches, to, scale, softcap)
+            results.append((out, *caches))
+        (got, *filled), (want, *expected) = results
         torch.testing.assert_close(got, want, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+        assert all(map(torch.equal, filled, expected))
 
 
 @pytest.mark.parametrize("normed", [False, True])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention import flashattention_backend
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from torch import Tensor
 
 from sglang_dflash import kernels
@@ -27,8 +27,18 @@ def register() -> None:
 class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
     """SGLang's FlashAttention-3 backend, with window passes (TARGET_VERIFY) under `spec_info.window_mask`.
 
-    window_mask [bs, w, w] bool: window token i sees window token j, in every layer.
+    window_mask [bs, w, w] bool: window token i sees window token j, in every layer. The keys and values of the window
+    are written by the same kernel that attends to them, so the pool must be of plain rows [slots, heads, size].
     """
+
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__(model_runner)
+        pool = self.token_to_kv_pool
+        if type(pool) is not MHATokenToKVPool or pool.kv_cache_layout != "nhd":
+            raise ValueError(
+                f"DFLASH writes a KV pool of plain rows, and this server has a {type(pool).__name__} of layout "
+                f"{getattr(pool, 'kv_cache_layout', None)!r}: leave out the option that asks for it"
+            )
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)
@@ -45,6 +55,7 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
             if mask is None:  # SGLang warming up
                 mask = torch.ones(bs, width, width, dtype=torch.bool, device=self.device)
             self._bind(forward_batch.seq_lens.to(torch.int32), mask.contiguous())
+            self._schedule()
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
@@ -57,8 +68,30 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
                 mask[: len(given)].copy_(given)
             self._bind(lens, mask)
 
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        super().init_forward_metadata_in_graph(forward_batch)
+        if forward_batch.forward_mode.is_target_verify():
+            self._schedule()
+
     def _bind(self, prefix_lens: Tensor, mask: Tensor) -> None:
         self._prefix_lens, self._mask = prefix_lens, mask
+
+    def _schedule(self) -> None:
+        """Share the prefix's tiles out among the multiprocessors: once a pass, as all layers read the same lengths."""
+        bs, width, _ = self._mask.shape
+        self._tiles = self._get_scheduler_metadata(
+            batch_size=bs,
+            max_seqlen_q=width,
+            max_seqlen_k=self.forward_metadata.page_table.shape[1] * self.page_size,
+            num_heads=self.num_attention_heads,
+            num_heads_k=self.num_kv_heads,
+            headdim=self.head_dim,
+            cache_seqlens=self._prefix_lens,
+            qkv_dtype=self.kv_cache_dtype,
+            page_size=self.page_size,
+            has_softcap=self.has_softcap,
+            num_splits=self.num_splits,
+        )
 
     def forward_extend(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
@@ -75,8 +108,6 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_v_head_num, layer.head_dim),
         )
-        if save_kv_cache:
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
         bs, width, _ = self._mask.shape
         keys, values = self.get_paged_mha_kv_cache(layer)
         out, lse, *_ = self.flash_attn_with_kvcache(
@@ -88,10 +119,22 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
             softmax_scale=layer.scaling,
             causal=False,
             softcap=layer.logit_cap,
+            scheduler_metadata=self._tiles,
             num_splits=self.num_splits,
             return_softmax_lse=True,
             ver=self.fa_impl_ver,
         )
         out = out.view(q.shape)
-        kernels.window_attention(q, k, v, self._mask, lse, out, layer.scaling, layer.logit_cap)
+        kernels.window_attention(
+            q,
+            k,
+            v,
+            self._mask,
+            lse,
+            out,
+            *self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
+            forward_batch.out_cache_loc if save_kv_cache else None,
+            layer.scaling,
+            layer.logit_cap,
+        )
         return out.view(len(out), -1)
