@@ -15,8 +15,7 @@ from typing import Any
 from sglang_dflash import embedded
 from sglang_dflash.draft.checkpoint import check_tensors, tensor_shapes_on_disk
 from sglang_dflash.draft.config import DraftConfig
-from sglang_dflash.platforms import cuda, other_attention
-from sglang_dflash.platforms.cpu.platform import ATTENTION_BACKEND
+from sglang_dflash.platforms import PLAIN_ATTENTION, cuda, other_attention
 
 logger = logging.getLogger(__name__)
 
@@ -156,9 +155,22 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         speculative_num_steps=1,
         speculative_eagle_topk=1,
         speculative_dflash_block_size=None,
-        **({} if on_cpu else {"attention_backend": cuda.ATTENTION_BACKEND}),
+        **({} if on_cpu else _settled_on_cuda(server_args)),
     )
     return original(server_args)
+
+
+def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
+    """SGLang's arguments that follow from what serves window passes on CUDA; a draft follows its target's backend."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    view = resolving_view(server_args)
+    backend, graphs = cuda.attention_backend(view.dtype), view.cuda_graph_config
+    if backend == PLAIN_ATTENTION:
+        for phase in Phase.ALL:  # no graph can hold this backend, which asks the device for lengths
+            graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
+    return {"attention_backend": backend, "cuda_graph_config": graphs}
 
 
 def _check_attention(server_args: Any) -> None:
@@ -166,9 +178,9 @@ def _check_attention(server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     view = resolving_view(server_args)
-    if asked := other_attention(view, ATTENTION_BACKEND):
+    if asked := other_attention(view, PLAIN_ATTENTION):
         raise ValueError(
-            f"{asked} (page size {view.page_size}) cannot read a tree: on a CPU DFLASH needs {ATTENTION_BACKEND}, "
+            f"{asked} (page size {view.page_size}) cannot read a tree: on a CPU DFLASH needs {PLAIN_ATTENTION}, "
             "with any page size; leave the option out"
         )
 
@@ -202,7 +214,7 @@ def reason_to_hand_over(server_args: Any) -> str:
         return ""
     if current_platform.device_type != "cuda":
         return f"trees run on CUDA and on a plain CPU, not on {current_platform.device_name!r}"
-    return _reason_on_cuda(server_args, draft) or "trees have not been tried on CUDA yet"
+    return _reason_on_cuda(server_args, draft)
 
 
 def _reason_on_cuda(server_args: Any, draft: DraftConfig) -> str:
@@ -210,7 +222,7 @@ def _reason_on_cuda(server_args: Any, draft: DraftConfig) -> str:
     from torch.cuda import get_device_capability
 
     return cuda.unserved(
-        resolving_view(server_args), draft, _target_config(server_args), get_device_capability()
+        server_args, resolving_view(server_args), draft, _target_config(server_args), get_device_capability()
     )
 
 

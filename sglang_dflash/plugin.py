@@ -11,11 +11,12 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_dflash import options
-from sglang_dflash.platforms import cpu
+from sglang_dflash.platforms import cpu, register_plain_attention
 
 
 def register() -> None:
-    """Hook the three places where SGLang decides about DFLASH: names, arguments, worker."""
+    """Register the plain attention backend, and hook where SGLang decides about DFLASH: names, arguments, worker."""
+    register_plain_attention()
     if cpu.activate():
         from sglang_dflash.platforms.cpu import hooks
 

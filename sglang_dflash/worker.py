@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang.kernels.fused_op import set_fused_op_backend
+from sglang.kernels.spec import KernelBackend
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.cuda_graph_config import Backend
@@ -46,6 +48,8 @@ class DFlashWorker(BaseSpecWorker):
 
             kernels.use_compiled()
             attention.register()
+            if self.target.dtype == torch.float32:  # asked for to be exact; SGLang's kernels are made for 16 bits
+                set_fused_op_backend(KernelBackend.TORCH)
         self.draft = DraftRunner(self.options, server_args, gpu_id, nccl_port, self.target)
         self._draft_worker = self.draft.worker
         _set_width(self.target, self.options.verified)

@@ -6,15 +6,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from sglang.srt.arg_groups import speculative_hook
+from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
+from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
 from sglang_dflash import embedded
-from sglang_dflash.options import Options, reason_to_hand_over
+from sglang_dflash.options import Options, reason_to_hand_over, settle_arguments
 
 MakeDraft = Callable[..., str]
 
@@ -160,3 +164,43 @@ def test_sizes_that_are_not_ours_go_to_sglang(make_draft: MakeDraft) -> None:
     assert "tp-size 2" in reason(tp_size=2)
     assert "windowed" in reason(speculative_draft_window_size=512)
     assert "architecture" in reason(draft=make_draft(architectures=["DFlashLagunaForCausalLM"]))
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments are settled as on a machine with a Hopper GPU; nothing is run there."""
+    cuda = SimpleNamespace(device_type="cuda", device_name="cuda", is_out_of_tree=lambda: False)
+    monkeypatch.setattr("sglang.srt.platforms.current_platform", cuda)
+    monkeypatch.setattr(speculative_hook, "current_platform", cuda)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+
+
+def settle(**arguments: Any) -> Any:
+    """What SGLang knows once DFLASH's arguments are settled; on its way there it chose graphs and a backend itself."""
+    args = ServerArgs(model_path=str(embedded.ensure().target), speculative_draft_model_path=str(embedded.DRAFT))
+    for name, value in {"cuda_graph_backend_prefill": "breakable", **arguments}.items():
+        setattr(args, name, value)
+    parse_cuda_graph_config(args)
+    settle_arguments(speculative_hook._resolve_dflash_draft_attention_backend, args)
+    return resolving_view(args)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "decode", "prefill"),
+    [
+        ("auto", "fa3", "full", "breakable"),
+        ("bfloat16", "fa3", "full", "breakable"),
+        ("float32", "plain_torch", "disabled", "disabled"),
+    ],
+)
+def test_what_serves_on_cuda(on_hopper: None, dtype: str, backend: str, decode: str, prefill: str) -> None:
+    settled = settle(dtype=dtype)
+    assert (settled.attention_backend, settled.speculative_draft_attention_backend) == (backend, backend)
+    graphs = settled.cuda_graph_config
+    assert (graphs.decode.backend, graphs.prefill.backend) == (decode, prefill)
+    assert settled.speculative_num_draft_tokens == 16
+
+
+def test_another_attention_backend_on_cuda_is_sglangs_to_serve(on_hopper: None) -> None:
+    settled = settle(attention_backend="triton")
+    assert (settled.attention_backend, settled.speculative_num_draft_tokens) == ("triton", None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+PLAIN_ATTENTION = "plain_torch"  # SGLang's name for the attention backend in plain_attention.py
+
 _ATTENTION_ARGUMENTS = (
     "attention_backend",
     "prefill_attention_backend",
@@ -19,3 +21,19 @@ def other_attention(arguments: Any, backend: str) -> str:
         if asked not in (None, backend):
             return f"--{name.replace('_', '-')} {asked}"
     return ""
+
+
+def register_plain_attention() -> None:
+    """Make the plain attention backend known to SGLang, on the command line and to every runner of this process."""
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices, add_draft_attention_backend_choices
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    add_attention_backend_choices([PLAIN_ATTENTION])
+    add_draft_attention_backend_choices([PLAIN_ATTENTION])
+    register_attention_backend(PLAIN_ATTENTION)(_make_plain_attention)
+
+
+def _make_plain_attention(runner: Any) -> Any:
+    from sglang_dflash.platforms.plain_attention import PlainAttnBackend
+
+    return PlainAttnBackend(runner)

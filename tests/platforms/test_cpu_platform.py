@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_dflash.platforms import cpu
+from sglang_dflash.platforms import PLAIN_ATTENTION, cpu
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +46,11 @@ def server_args(**given: object) -> SimpleNamespace:
 
 
 def test_defaults_fill_only_what_was_not_given() -> None:
-    from sglang_dflash.platforms.cpu.platform import ATTENTION_BACKEND, PlainCpuPlatform
+    from sglang_dflash.platforms.cpu.platform import PlainCpuPlatform
 
     args = server_args()
     PlainCpuPlatform().apply_server_args_defaults(args)
-    assert (args.attention_backend, args.dtype) == (ATTENTION_BACKEND, "float32")
+    assert (args.attention_backend, args.dtype) == (PLAIN_ATTENTION, "float32")
     assert None not in vars(args).values()
 
     given = server_args(attention_backend="torch_native", dtype="bfloat16", max_total_tokens=7)
@@ -71,12 +71,12 @@ def test_openmp_waits_are_short_unless_the_user_decided(monkeypatch: pytest.Monk
 
 
 def test_speculation_is_dflash_on_its_own_backend() -> None:
-    from sglang_dflash.platforms.cpu.platform import ATTENTION_BACKEND, PlainCpuPlatform
+    from sglang_dflash.platforms.cpu.platform import PlainCpuPlatform
 
     platform = PlainCpuPlatform()
     assert platform.supports_speculative_algorithm("DFLASH")
     assert not platform.supports_speculative_algorithm("EAGLE")
     assert platform.get_speculative_worker_cls("EAGLE") is None
-    assert platform.get_default_speculative_draft_attention_backend("DFLASH") == ATTENTION_BACKEND
-    assert platform.supports_speculative_draft_attention_backend("DFLASH", ATTENTION_BACKEND)
+    assert platform.get_default_speculative_draft_attention_backend("DFLASH") == PLAIN_ATTENTION
+    assert platform.supports_speculative_draft_attention_backend("DFLASH", PLAIN_ATTENTION)
     assert not platform.supports_speculative_draft_attention_backend("DFLASH", "flashinfer")

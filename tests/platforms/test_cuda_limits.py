@@ -28,8 +28,11 @@ ASKED = {
         ({}, {}, {}, (9, 0), ""),
         ({"attention_backend": "fa3"}, {}, {"layer_types": ["full_attention"]}, (8, 0), ""),
         ({}, {}, {}, (10, 0), "FlashAttention-3, which compute capability 10.0 has not"),
-        ({"attention_backend": "triton"}, {}, {}, (9, 0), "--attention-backend triton reads no tree"),
-        ({"dtype": "float32"}, {}, {}, (9, 0), "--dtype float32"),
+        ({"attention_backend": "triton"}, {}, {}, (9, 0), "--attention-backend triton reads no tree, fa3 does"),
+        ({"dtype": "float32"}, {}, {}, (9, 0), ""),
+        ({"dtype": "float", "attention_backend": "plain_torch"}, {}, {}, (12, 0), ""),
+        ({"dtype": "float32", "attention_backend": "fa3"}, {}, {}, (9, 0), "fa3 reads no tree, plain_torch does"),
+        ({"speculative_draft_attention_backend": "plain_torch"}, {}, {}, (9, 0), "reads no tree, fa3 does"),
         ({"kv_cache_dtype": "fp8_e4m3"}, {}, {}, (9, 0), "--kv-cache-dtype fp8_e4m3"),
         ({}, {}, {"kv_lora_rank": 512}, (9, 0), "multi-head latent attention"),
         ({}, {}, {"layer_types": ["full_attention", "sliding_attention"]}, (9, 0), "layers of sliding_attention"),
@@ -41,5 +44,13 @@ def test_what_cuda_does_not_serve(
     asked: dict[str, Any], draft: dict[str, Any], target: dict[str, Any], capability: tuple[int, int], reason: str
 ) -> None:
     config = dataclasses.replace(DraftConfig.load(embedded.DRAFT), **draft)
-    told = cuda.unserved(SimpleNamespace(**{**ASKED, **asked}), config, target, capability)
+    arguments = SimpleNamespace(**{**ASKED, **asked})
+    told = cuda.unserved(arguments, arguments, config, target, capability)
     assert reason in told if reason else told == ""
+
+
+def test_what_sglang_chose_itself_is_no_wish() -> None:
+    """On Ampere, and for a chain with large pages, SGLang's default is flashinfer."""
+    settled = SimpleNamespace(**{**ASKED, "attention_backend": "flashinfer"})
+    draft = DraftConfig.load(embedded.DRAFT)
+    assert cuda.unserved(SimpleNamespace(**ASKED), settled, draft, {}, (8, 0)) == ""

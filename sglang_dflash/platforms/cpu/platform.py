@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from sglang.srt.arg_groups.choices import add_attention_backend_choices, add_draft_attention_backend_choices
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
+
+from sglang_dflash.platforms import PLAIN_ATTENTION
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
-ATTENTION_BACKEND = "plain_cpu"
 DISPATCH_KEY = "plain_cpu"
 
 # What a laptop can hold and still be used for something else. The KV pool takes its memory on first
@@ -34,10 +34,6 @@ class PlainCpuPlatform(SRTPlatform):
     device_name = "cpu"
     device_type = "cpu"
     capabilities = PlatformCapabilities()
-
-    def __init__(self) -> None:
-        add_attention_backend_choices([ATTENTION_BACKEND])
-        add_draft_attention_backend_choices([ATTENTION_BACKEND])
 
     def get_device(self, device_id: int | None = 0) -> str:
         return "cpu"
@@ -77,7 +73,7 @@ class PlainCpuPlatform(SRTPlatform):
     def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
         # "intel_amx" is what SGLang fills in for any CPU; it needs the kernels of its own CPU engine.
         if server_args.attention_backend in (None, "intel_amx"):
-            server_args.attention_backend = ATTENTION_BACKEND
+            server_args.attention_backend = PLAIN_ATTENTION
         if server_args.dtype == "auto":
             server_args.dtype = "float32"
         if server_args.mem_fraction_static is None:
@@ -97,16 +93,16 @@ class PlainCpuPlatform(SRTPlatform):
             os.environ["GOMP_SPINCOUNT"] = OPENMP_SPINS
 
     def get_default_attention_backend(self) -> str:
-        return ATTENTION_BACKEND
+        return PLAIN_ATTENTION
 
     def get_default_speculative_draft_attention_backend(self, algorithm: str) -> str:
-        return ATTENTION_BACKEND
+        return PLAIN_ATTENTION
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         return algorithm == "DFLASH"
 
     def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
-        return backend == ATTENTION_BACKEND
+        return backend == PLAIN_ATTENTION
 
     def get_kv_pool_cls(self, *, kind: KVPoolKind) -> type | None:
         if kind != "mha":
@@ -116,12 +112,8 @@ class PlainCpuPlatform(SRTPlatform):
         return CpuKVPool
 
     def init_backend(self) -> None:
-        from sglang.srt.layers.attention.attention_registry import register_attention_backend
-
-        from sglang_dflash.platforms.cpu.attention import PlainCpuAttnBackend
         from sglang_dflash.platforms.cpu.rope import register_rope
 
-        register_attention_backend(ATTENTION_BACKEND)(PlainCpuAttnBackend)
         register_rope(self.get_dispatch_key_name())
 
     def post_load_model(self, model: torch.nn.Module) -> None:

@@ -1,26 +1,36 @@
-"""CUDA: attention of window passes beside SGLang's FlashAttention-3 backend, and what it cannot serve."""
+"""CUDA: attention of window passes beside SGLang's FlashAttention-3 backend, and what window passes cannot do there."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sglang_dflash.draft.config import DraftConfig
-from sglang_dflash.platforms import other_attention
+from sglang_dflash.platforms import PLAIN_ATTENTION, other_attention
 
-ATTENTION_BACKEND = "fa3"
+FAST_ATTENTION = "fa3"
 
 
-def unserved(arguments: Any, draft: DraftConfig, target: dict[str, Any], capability: tuple[int, int]) -> str:
+def attention_backend(dtype: str) -> str:
+    """Which attention backend serves target and draft at this --dtype: FlashAttention-3 takes 16 bits only.
+
+    "auto" is never float32: SGLang serves a checkpoint in float32 as float16.
+    """
+    return PLAIN_ATTENTION if dtype in ("float32", "float") else FAST_ATTENTION
+
+
+def unserved(
+    asked: Any, arguments: Any, draft: DraftConfig, target: dict[str, Any], capability: tuple[int, int]
+) -> str:
     """What of a server's wishes window passes cannot do on CUDA, as part of a sentence; nothing where they can.
 
-    arguments: with SGLang's names; target: its config.json; capability: the GPU's.
+    asked: what the user gave, with SGLang's names: its own choice of an attention backend binds nobody. arguments: the
+    same as SGLang settled them so far; target: its config.json; capability: the GPU's.
     """
-    if capability[0] not in (8, 9):
+    backend = attention_backend(arguments.dtype)
+    if backend == FAST_ATTENTION and capability[0] not in (8, 9):
         return f"trees need FlashAttention-3, which compute capability {capability[0]}.{capability[1]} has not"
-    if asked := other_attention(arguments, ATTENTION_BACKEND):
-        return f"{asked} reads no tree, {ATTENTION_BACKEND} does"
-    if arguments.dtype in ("float32", "float"):
-        return f"--dtype {arguments.dtype} is not FlashAttention-3's, which takes 16 bits"
+    if other := other_attention(asked, backend):
+        return f"{other} reads no tree, {backend} does"
     if arguments.kv_cache_dtype not in ("auto", "bf16", "bfloat16"):
         return f"--kv-cache-dtype {arguments.kv_cache_dtype} is not the draft's"
     if target.get("kv_lora_rank"):

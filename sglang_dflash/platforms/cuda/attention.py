@@ -16,12 +16,12 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from torch import Tensor
 
 from sglang_dflash import kernels
-from sglang_dflash.platforms.cuda import ATTENTION_BACKEND
+from sglang_dflash.platforms.cuda import FAST_ATTENTION
 
 
 def register() -> None:
     """In this process, runners that ask for FlashAttention-3 get the backend below."""
-    register_attention_backend(ATTENTION_BACKEND)(WindowAttentionBackend)
+    register_attention_backend(FAST_ATTENTION)(WindowAttentionBackend)
 
 
 class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):

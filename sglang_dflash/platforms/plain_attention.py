@@ -1,13 +1,17 @@
-"""Attention over a paged KV pool in plain torch.
+"""Attention over a paged KV pool in plain torch, on any device: what a CPU serves with, and CUDA in float32.
 
 Every forward pass is a list of *spans*: a few requests, each with the same number of query tokens, which
 gather the keys and values of their slots side by side and attend to them in one call. What decides who sees
-whom is worked out once a forward pass; a layer only writes, gathers and attends.
+whom is worked out once a forward pass; a layer only writes, gathers and attends. Spans are made on the host, from
+lengths that only the device has for certain: on a GPU every pass waits for them, and no CUDA graph can hold one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +19,10 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from sglang_dflash.platforms import PLAIN_ATTENTION
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -67,20 +74,24 @@ class Span:
         one_sees_all = self.w == 1 or (bidirectional and self.window_mask is None)
         if one_sees_all and not self.padded and sliding_window < 0:
             return None
-        b, w, key_count = self.b, self.w, self.slots.numel() // self.b
-        window = torch.ones(b, w, w, dtype=torch.bool) if self.window_mask is None else self.window_mask
+        b, w, key_count, device = self.b, self.w, self.slots.numel() // self.b, self.slots.device
+        window = self.window_mask
+        if window is None:
+            window = torch.ones(b, w, w, dtype=torch.bool, device=device)
         if not bidirectional:
             window = window.tril()
-        own = self.prefix_lens[:, None] + torch.arange(w)  # [b, w]: columns of the window's own keys
-        seen = (torch.arange(key_count) < self.prefix_lens[:, None])[:, None].repeat(1, w, 1)
+        own = self.prefix_lens[:, None] + torch.arange(w, device=device)  # [b, w]: columns of the window's own keys
+        columns = torch.arange(key_count, device=device)
+        seen = (columns < self.prefix_lens[:, None])[:, None].repeat(1, w, 1)
         seen.scatter_(2, own[:, None].expand(b, w, w), window)
         if sliding_window >= 0:
-            key_pos = torch.arange(key_count).repeat(b, 1).scatter_(1, own, self.query_pos)
+            key_pos = columns.repeat(b, 1).scatter_(1, own, self.query_pos)
             seen &= key_pos[:, None] >= self.query_pos[:, :, None] - sliding_window
-        return torch.zeros(b, 1, w, key_count, dtype=dtype).masked_fill_(~seen[:, None], float("-inf"))
+        nothing = torch.zeros(b, 1, w, key_count, dtype=dtype, device=device)
+        return nothing.masked_fill_(~seen[:, None], float("-inf"))
 
 
-class PlainCpuAttnBackend(AttentionBackend):
+class PlainAttnBackend(AttentionBackend):
     """Decode, (chunked) extend and window passes for models with multi-head or grouped-query attention.
 
     A window pass is a TARGET_VERIFY forward over w = `spec_info.draft_token_num` tokens a request after its
@@ -93,12 +104,13 @@ class PlainCpuAttnBackend(AttentionBackend):
         super().__init__()
         if model_runner.use_mla_backend:
             raise ValueError(
-                "attention backend plain_cpu has no multi-head latent attention (MLA), which this model "
-                "uses; serve it on an accelerator, or with SGLANG_USE_CPU_ENGINE=1"
+                f"attention backend {PLAIN_ATTENTION} has no multi-head latent attention (MLA), which this model "
+                "uses; serve it with another backend of an accelerator, or with SGLANG_USE_CPU_ENGINE=1"
             )
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.kv_pool = model_runner.token_to_kv_pool
         self.swa_pool = self.kv_pool if isinstance(self.kv_pool, SWAKVPool) else None
+        self.kernel = _sdpa_on(self.req_to_token.device)
         self.spans: list[Span] = []
         self.write_loc: KVWriteLoc | None = None
 
@@ -193,14 +205,15 @@ class PlainCpuAttnBackend(AttentionBackend):
         """
         if kwargs or layer.is_cross_attention:
             asked = "cross-attention" if layer.is_cross_attention else ", ".join(sorted(kwargs))
-            raise ValueError(f"attention backend plain_cpu does not serve {asked} (layer {layer.layer_id})")
+            raise ValueError(f"attention backend {PLAIN_ATTENTION} does not serve {asked} (layer {layer.layer_id})")
         if save_kv_cache and k is not None:
             self.kv_pool.set_kv_buffer(layer, self.write_loc, k, v)
         keys = self.kv_pool.get_key_buffer(layer.layer_id)
         values = self.kv_pool.get_value_buffer(layer.layer_id)
         in_swa = self.swa_pool is not None and self.swa_pool.layers_mapping[layer.layer_id][1]
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        outs = [self._attend(q[span.tokens], keys, values, layer, span, in_swa) for span in self.spans]
+        with self.kernel():
+            outs = [self._attend(q[span.tokens], keys, values, layer, span, in_swa) for span in self.spans]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     forward_decode = forward_extend
@@ -229,6 +242,11 @@ class PlainCpuAttnBackend(AttentionBackend):
                 q, k, v, attn_mask=mask, is_causal=causal, scale=layer.scaling, enable_gqa=True
             )
         return out.transpose(1, 2).reshape(span.b * span.w, -1)
+
+
+def _sdpa_on(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Which of torch's attention kernels to use: on a GPU the one made of matrix products, exact in float32."""
+    return nullcontext if device.type == "cpu" else partial(sdpa_kernel, SDPBackend.MATH)
 
 
 def _gather(buffer: torch.Tensor, slots: torch.Tensor, b: int, dtype: torch.dtype) -> torch.Tensor:

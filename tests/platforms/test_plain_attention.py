@@ -1,4 +1,4 @@
-"""The plain-CPU attention backend against attention written out one query at a time."""
+"""The plain attention backend against attention written out one query at a time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_dflash.platforms.cpu import attention
-from sglang_dflash.platforms.cpu.attention import PlainCpuAttnBackend
+from sglang_dflash.platforms import plain_attention
 from sglang_dflash.platforms.cpu.memory import CpuKVPool
+from sglang_dflash.platforms.plain_attention import PlainAttnBackend
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16
 POOL = 1024
@@ -67,7 +67,7 @@ class World:
             req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
             token_to_kv_pool=self.pool,
         )
-        backend = PlainCpuAttnBackend(runner)
+        backend = PlainAttnBackend(runner)
         backend.init_forward_metadata(batch)
         q = torch.cat(self.queries).flatten(1)
         out = backend.forward(q, self._new(self.keys), self._new(self.values), self.layer, batch)
@@ -148,7 +148,7 @@ def test_extend(page: int, layer: dict, prefix_lens: list[int]) -> None:
 def test_decode(
     page: int, layer: dict, span_tokens: int, prefix_lens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "SPAN_TOKENS", span_tokens)
+    monkeypatch.setattr(plain_attention, "SPAN_TOKENS", span_tokens)
     world = World(prefix_lens, [1] * len(prefix_lens), page, **layer)
     assert_same(world.run(ForwardMode.DECODE), world.reference())
 
@@ -161,7 +161,7 @@ def test_decode(
 def test_tree_window(
     page: int, layer: dict, span_tokens: int, w: int, prefix_lens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "SPAN_TOKENS", span_tokens)
+    monkeypatch.setattr(plain_attention, "SPAN_TOKENS", span_tokens)
     world = World(prefix_lens, [w] * len(prefix_lens), page, **layer)
     mask, depth = random_trees(world.bs, w)
     world.positions = [p + d for p, d in zip(prefix_lens, depth, strict=True)]
@@ -186,7 +186,7 @@ def test_a_sibling_is_not_seen() -> None:
 
 def test_features_it_does_not_have_are_refused() -> None:
     with pytest.raises(ValueError, match="latent attention"):
-        PlainCpuAttnBackend(SimpleNamespace(use_mla_backend=True))
+        PlainAttnBackend(SimpleNamespace(use_mla_backend=True))
     world = World([3], [1], 1)
     world.layer.is_cross_attention = True
     with pytest.raises(ValueError, match="cross-attention"):
