@@ -40,7 +40,7 @@ def cases(bs: int) -> list[Case]:
     sampled = torch.randint(VOCAB, (bs, w))
     for node in range(1, w):  # the deepest path is followed, the longest walk there is
         sampled.scatter_(1, parents[:, node : node + 1], tree[:, node : node + 1])
-    nodes, _, lens = plain.walk(tree, parents, mask, sampled, None, DEPTH)
+    nodes, _, lens, _ = plain.walk(tree, parents, mask, sampled, None, DEPTH)
     slots = 1 + torch.arange(bs * w).view(bs, w)
     prefix = torch.full((bs,), 500)
     q, k, v = (torch.randn(bs * w, heads, SIZE).to(bf16) for heads in (HEADS, KV_HEADS, KV_HEADS))
@@ -58,6 +58,7 @@ def cases(bs: int) -> list[Case]:
         "grow_chain": (tokens, logp, bonus, DEPTH),
         "window_attention": (q, k, v, mask, prefix_lse, out, *caches, slots.flatten(), SIZE**-0.5, 0.0),
         "walk": (tree, parents, mask, sampled, None, DEPTH),
+        "open_window": (torch.zeros(bs, 8192, dtype=torch.int32), torch.arange(bs), prefix, bonus, 0, w, m),
         "commit_rows": (slots, prefix, nodes, lens, w),
         "write_context": (kv, k_norm, cos_sin, positions, context_slots, pools, 1e-5),
     }

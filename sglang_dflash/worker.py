@@ -29,7 +29,7 @@ from sglang_dflash.options import Options
 from sglang_dflash.tree import DraftTree, Walk, walk
 from sglang_dflash.verify.carry import Carry
 from sglang_dflash.verify.sampling import adjust_logits, depth_limit, sample_nodes
-from sglang_dflash.verify.window import Window
+from sglang_dflash.verify.window import Window, window_input
 
 
 class DFlashWorker(BaseSpecWorker):
@@ -129,9 +129,8 @@ class DFlashWorker(BaseSpecWorker):
         self, batch: Any, publish: Callable[[Tensor], None], grammar_barrier: Callable[[], None] | None
     ) -> GenerationBatchResult:
         clock = self.metrics.clock()
-        bonus_tokens = batch.spec_info.bonus_tokens
-        window = Window.open(batch, self.target, self.options.window)
-        tree = self.draft.draft(batch, bonus_tokens, window)
+        window = Window.open(batch, self.target, self.options)
+        tree = self.draft.draft(batch, window)
         clock.drafted()
         output, positions = self._verify(batch, window, tree)
         clock.verified()
@@ -141,12 +140,11 @@ class DFlashWorker(BaseSpecWorker):
         publish(new_lens)
         self._commit(window, tree, walked, features)
         clock.done()
-        last = (walked.lens - 1).to(torch.int64)[:, None]
         return GenerationBatchResult(
             logits_output=output,
             next_token_ids=walked.tokens.flatten(),
             accept_lens=walked.lens,
-            next_draft_input=Carry.of(walked.tokens.gather(1, last)[:, 0], new_lens),
+            next_draft_input=Carry.of(walked.last, new_lens),
             new_seq_lens=new_lens,
             speculative_num_draft_tokens=self.options.window,
             speculative_output_stride=walked.tokens.shape[1],
@@ -154,7 +152,8 @@ class DFlashWorker(BaseSpecWorker):
 
     def _verify(self, batch: Any, window: Window, tree: DraftTree) -> tuple[Any, Tensor]:
         """The target's logits and features at every node, and the nodes' positions [bs * w]."""
-        spec_info = window.input(tree.tokens, tree.depths, tree.mask, CaptureHiddenMode.FULL)
+        positions = window.prefix_lens[:, None] + tree.depths
+        spec_info = window_input(tree.tokens, positions, tree.mask, CaptureHiddenMode.FULL)
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = spec_info.draft_token
         batch.spec_info = spec_info

@@ -23,7 +23,7 @@ from sglang_dflash.draft.selector import build_selector
 from sglang_dflash.kernels import Pools
 from sglang_dflash.options import Options
 from sglang_dflash.tree import DraftTree, grow, grow_chain
-from sglang_dflash.verify.window import Window
+from sglang_dflash.verify.window import Window, window_input
 
 
 class DraftRunner:
@@ -60,7 +60,6 @@ class DraftRunner:
         self._captured: dict[int, DraftTree] = {}  # by batch size: what a replayed graph leaves behind
         self.runner.capture_tail_hooks.append(self._capture_tree)
         block, device = options.block, target.device
-        self._depths = torch.arange(block, device=device)
         seen = torch.ones(block, block, dtype=torch.bool, device=device)
         self._mask = (seen.tril() if options.draft.causal else seen)[None]
 
@@ -77,16 +76,14 @@ class DraftRunner:
         context = self.network.project_features(features)
         self.network.write_context(context, positions, slots, self._pools)
 
-    def draft(self, batch: Any, bonus_tokens: Tensor, window: Window) -> DraftTree:
-        """One draft pass: the tree, or chain, of what may follow bonus_tokens [bs]."""
+    def draft(self, batch: Any, window: Window) -> DraftTree:
+        """One draft pass: the tree, or chain, of what may follow the batch's bonus tokens."""
+        tokens = window.block_tokens
         if self.options.nodes == 0:
-            return DraftTree.root(bonus_tokens)
-        bs, block = bonus_tokens.shape[0], self.options.block
-        tokens = torch.full((bs, block), self.options.draft.mask_token_id, device=bonus_tokens.device)
-        tokens[:, 0] = bonus_tokens
-        result = self.runner.forward(self._forward_batch(batch, tokens, window))
+            return DraftTree.root(tokens[:, 0])
+        result = self.runner.forward(self._forward_batch(batch, window))
         if result.can_run_graph:
-            return self._captured[self.runner.decode_cuda_graph_runner.bs].first(bs)
+            return self._captured[self.runner.decode_cuda_graph_runner.bs].first(len(tokens))
         return self._tree(result.logits_output.hidden_states, tokens.flatten())
 
     def _capture_tree(self, _: Any, output: Any, forward_batch: Any, num_tokens: int) -> None:
@@ -111,9 +108,10 @@ class DraftRunner:
     def _head(self, hidden: Tensor) -> Tensor:
         return self._logits(hidden, self._lm_head)[:, : self.options.draft.vocab_size]
 
-    def _forward_batch(self, batch: Any, tokens: Tensor, window: Window) -> ForwardBatch:
-        bs, block = tokens.shape
-        spec_info = window.input(tokens, self._depths, self._mask.expand(bs, -1, -1), CaptureHiddenMode.NULL)
+    def _forward_batch(self, batch: Any, window: Window) -> ForwardBatch:
+        bs, block = window.block_tokens.shape
+        mask = self._mask.expand(bs, -1, -1)
+        spec_info = window_input(window.block_tokens, window.block_positions, mask, CaptureHiddenMode.NULL)
         forward_batch = ForwardBatch(
             forward_mode=ForwardMode.TARGET_VERIFY,
             batch_size=bs,

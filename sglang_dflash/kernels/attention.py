@@ -24,9 +24,9 @@ def window_attention(
 
     q [bs * w, heads, size]; k, v [bs * w, kv_heads, size]; mask [bs, w, w] bool, each token seeing itself; prefix_lse
     [bs, heads, w] float32: natural log-sum-exp of the scores over the prefix, -inf without one; out [bs * w, heads,
-    size]: attention to the prefix, then to both; key_cache, value_cache [room, kv_heads, size] and slots [bs * w] int64:
-    where each token's go, None: nowhere (slot 0, SGLang's sink, may come more than once). scale: of the scores; softcap: scores are softcap * tanh(score /
-    softcap), 0 for none.
+    size]: attention to the prefix, then to both; key_cache, value_cache [room, kv_heads, size]; slots [bs * w] int64:
+    where each token's go, None: nowhere (slot 0, SGLang's sink, may come more than once); scale: of the scores;
+    softcap: scores are softcap * tanh(score / softcap), 0 for none.
     """
     if slots is not None:
         key_cache[slots], value_cache[slots] = k, v

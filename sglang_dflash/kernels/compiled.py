@@ -104,11 +104,26 @@ def grow_chain(tokens: Tensor, logp: Tensor, bonus_tokens: Tensor, n: int) -> tu
 
 def walk(
     tokens: Tensor, parents: Tensor, mask: Tensor, sampled: Tensor, limit: Tensor | None, d: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     nodes, emitted = (tokens.new_empty(len(tokens), d + 1) for _ in range(2))
-    lens = tokens.new_empty(len(tokens), dtype=torch.int32)
-    library().walk(tokens, parents, sampled, limit, nodes, emitted, lens)
-    return nodes, emitted, lens
+    lens, last = tokens.new_empty(len(tokens), dtype=torch.int32), tokens.new_empty(len(tokens))
+    library().walk(tokens, parents, sampled, limit, nodes, emitted, lens, last)
+    return nodes, emitted, lens, last
+
+
+def open_window(
+    slot_table: Tensor,
+    rows: Tensor,
+    prefix_lens: Tensor,
+    bonus_tokens: Tensor,
+    mask_token: int,
+    w: int,
+    block: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    bs = len(rows)
+    slots, tokens, positions = (prefix_lens.new_empty(bs, width) for width in (w, block, block))
+    library().open_window(slot_table, rows, prefix_lens, bonus_tokens, mask_token, slots, tokens, positions)
+    return slots, tokens, positions
 
 
 def commit_rows(

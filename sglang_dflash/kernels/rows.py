@@ -1,4 +1,4 @@
-"""What a walk accepted, moved and written in the caches."""
+"""The slots a step writes, and what a walk accepted, moved and written in the caches."""
 
 from __future__ import annotations
 
@@ -29,6 +29,28 @@ class Pools:
                 "[slots, heads, size]: such a pool is not served"
             )
         return cls(tensors, torch.tensor([t.data_ptr() for t in tensors], device=first.device))
+
+
+def open_window(
+    slot_table: Tensor,
+    rows: Tensor,
+    prefix_lens: Tensor,
+    bonus_tokens: Tensor,
+    mask_token: int,
+    w: int,
+    block: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next w slots of each request, and the draft block that begins there.
+
+    slot_table [requests, columns] int32: slots by position; rows [bs] int64: the batch's requests in it; prefix_lens
+    [bs] int64: committed tokens; bonus_tokens [bs] int64; block <= w. Returns slots [bs, w], the block's tokens
+    (bonus_tokens, then mask_token) and positions [bs, block], all int64.
+    """
+    positions = prefix_lens[:, None] + torch.arange(w, device=prefix_lens.device)
+    slots = slot_table[rows[:, None], positions].to(torch.int64)
+    tokens = torch.full((len(rows), block), mask_token, device=prefix_lens.device)
+    tokens[:, 0] = bonus_tokens
+    return slots, tokens, positions[:, :block]
 
 
 def commit_rows(

@@ -109,13 +109,13 @@ def ancestor_mask(parents: Tensor, max_depth: int) -> Tensor:
 
 def walk(
     tokens: Tensor, parents: Tensor, mask: Tensor, sampled: Tensor, limit: Tensor | None, d: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the root, follow each node's sample for as long as it is the token of a child.
 
     tokens, parents [bs, w] int64 and mask [bs, w, w] bool: the trees, children of a node with distinct
     tokens; sampled [bs, w] int64: the target's sample at each node; limit [bs] int64: deepest node each request
     may pass, >= 0; d: no node is deeper. Returns nodes [bs, d+1] int64 (padded with the last), what is
-    emitted [bs, d+1] int64 (padded with 0), and its length [bs] int32.
+    emitted [bs, d+1] int64 (padded with 0), its length [bs] int32, and the last of it [bs] int64.
     """
     follows = tokens == sampled.gather(1, parents)
     follows[:, 0] = True
@@ -128,4 +128,4 @@ def walk(
     nodes = torch.where(passed, index, last).topk(d + 1, largest=False).values
     lens = passed.sum(1, dtype=torch.int32)
     emitted = sampled.gather(1, nodes) * (index[: d + 1] < lens[:, None])
-    return nodes, emitted, lens
+    return nodes, emitted, lens, sampled.gather(1, last)[:, 0]

@@ -18,11 +18,13 @@ class Walk:
     tokens: [bs, D+1] int64, the sample at each walked node: the accepted draft tokens, then the target's own
         next token; 0 past the end.
     lens: [bs] int32, walked nodes, hence emitted tokens: 1 to D+1.
+    last: [bs] int64, the last of the emitted tokens: the next step's bonus token.
     """
 
     nodes: Tensor
     tokens: Tensor
     lens: Tensor
+    last: Tensor
 
 
 def walk(tree: DraftTree, sampled: Tensor, max_depth: Tensor | None = None) -> Walk:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from torch import Tensor
+
+from sglang_dflash import kernels
+from sglang_dflash.options import Options
 
 
 @dataclass
@@ -29,22 +31,30 @@ class WindowInput(DFlashVerifyInput):
 class Window:
     """Where a step writes. prefix_lens [bs] int64: committed tokens; slots [bs, w] int64: KV slots behind them.
 
+    block_tokens, block_positions [bs, block] int64: what the draft reads there, the bonus token and masks.
     host_lens [bs] int64 on the host: no length after the step is greater; under overlap the host lags behind.
     plan: SGLang's record of the same slots, which its forwards are bound to.
     """
 
     prefix_lens: Tensor
     slots: Tensor
+    block_tokens: Tensor
+    block_positions: Tensor
     host_lens: Tensor
     plan: Any
 
     @classmethod
-    def open(cls, batch: Any, runner: Any, width: int) -> Window:
-        """The next `width` slots of each request in the batch, allocated when the batch was prepared."""
-        prefix_lens = batch.seq_lens
-        columns = prefix_lens[:, None] + torch.arange(width, device=prefix_lens.device)
-        slots = runner.req_to_token_pool.req_to_token[batch.req_pool_indices[:, None], columns].to(
-            torch.int64
+    def open(cls, batch: Any, runner: Any, options: Options) -> Window:
+        """The next slots of each request in the batch, allocated when the batch was prepared."""
+        prefix_lens, width = batch.seq_lens, options.window
+        slots, block_tokens, block_positions = kernels.open_window(
+            runner.req_to_token_pool.req_to_token,
+            batch.req_pool_indices,
+            prefix_lens,
+            batch.spec_info.bonus_tokens,
+            options.draft.mask_token_id,
+            width,
+            options.block,
         )
         # Where no attention backend asks the host for lengths, it knows only how much was allocated.
         host_lens = batch.seq_lens_cpu if batch.seq_lens_cpu is not None else batch.spec_info.nxt_kv_lens_cpu
@@ -55,14 +65,15 @@ class Window:
             write_virtual=slots.flatten(),
             read_extent=width,
         )
-        return cls(prefix_lens, slots, host_lens + width, plan)
+        return cls(prefix_lens, slots, block_tokens, block_positions, host_lens + width, plan)
 
-    def input(self, tokens: Tensor, depths: Tensor, mask: Tensor, capture: CaptureHiddenMode) -> WindowInput:
-        """The pass over tokens [bs, w] at depths [bs, w] or [w] behind the prefix, under mask [bs, w, w]."""
-        return WindowInput(
-            draft_token=tokens.flatten(),
-            positions=(self.prefix_lens[:, None] + depths).flatten(),
-            draft_token_num=tokens.shape[1],
-            capture_hidden_mode=capture,
-            window_mask=mask,
-        )
+
+def window_input(tokens: Tensor, positions: Tensor, mask: Tensor, capture: CaptureHiddenMode) -> WindowInput:
+    """The pass over tokens [bs, w] at positions [bs, w] under mask [bs, w, w]."""
+    return WindowInput(
+        draft_token=tokens.flatten(),
+        positions=positions.flatten(),
+        draft_token_num=tokens.shape[1],
+        capture_hidden_mode=capture,
+        window_mask=mask,
+    )

@@ -26,8 +26,8 @@ def test_verify_side_ops_need_no_values() -> None:
     with torch.device("meta"):
         ints = torch.empty(bs, w, dtype=torch.int64)
         mask = torch.empty(bs, w, w, dtype=torch.bool)
-        nodes, emitted, lens = kernels.walk(ints, ints, mask, ints, ints[:, 0], d)
-        assert (nodes.shape, emitted.shape, lens.shape) == ((bs, d + 1), (bs, d + 1), (bs,))
+        nodes, emitted, lens, last = kernels.walk(ints, ints, mask, ints, ints[:, 0], d)
+        assert (nodes.shape, emitted.shape, lens.shape, last.shape) == ((bs, d + 1), (bs, d + 1), (bs,), (bs,))
         assert [x.shape for x in kernels.commit_rows(ints, ints[:, 0], nodes, lens, w)] == [(bs * (d + 1),)] * 5
 
 

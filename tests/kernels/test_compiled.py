@@ -110,9 +110,16 @@ def test_walk_and_commit(n: int, d: int, limited: bool) -> None:
     limit = torch.tensor([0, 2, 99]) if limited else None
     args = (tree, parents, mask, sampled, limit, d)
     agree("walk", *args)
-    nodes, _, lens = plain.walk(*args)
+    nodes, _, lens, _ = plain.walk(*args)
     slots = 1 + torch.rand(bs, 4 * n + 20).argsort(-1)[:, : n + 3].contiguous()
     agree("commit_rows", slots, torch.tensor([5, 0, 70]), nodes, lens, n + 1)
+
+
+@pytest.mark.parametrize(("bs", "w", "block"), [(1, 1, 1), (3, 64, 16), (70, 3, 3)])
+def test_open_window(bs: int, w: int, block: int) -> None:
+    slot_table = torch.randint(10_000, (bs + 2, 300), dtype=torch.int32)
+    rows, prefix_lens = torch.randperm(bs + 2)[:bs], torch.randint(300 - w, (bs,))
+    agree("open_window", slot_table, rows, prefix_lens, torch.randint(40, (bs,)), 7, w, block)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

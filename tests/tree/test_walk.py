@@ -26,12 +26,13 @@ def samples_for(tree: DraftTree, data: st.DataObject) -> torch.Tensor:
 
 
 def assert_walk(got: Walk, tree: DraftTree, sampled: torch.Tensor, limits: list[int] | None) -> None:
-    assert got.nodes.dtype == got.tokens.dtype == torch.int64 and got.lens.dtype == torch.int32
+    assert got.nodes.dtype == got.tokens.dtype == got.last.dtype == torch.int64 and got.lens.dtype == torch.int32
     for b in range(len(sampled)):
         nodes = walk_by_hand(tree, b, sampled[b].tolist(), limits[b] if limits else None)
         padding = tree.max_depth + 1 - len(nodes)
         assert got.lens[b] == len(nodes)
         assert got.nodes[b].tolist() == nodes + nodes[-1:] * padding
+        assert got.last[b] == sampled[b, nodes[-1]]
         assert got.tokens[b].tolist() == [int(sampled[b, node]) for node in nodes] + [0] * padding
 
 
