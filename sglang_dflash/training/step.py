@@ -59,11 +59,15 @@ def blocks_at(batch: Batch, anchors: Tensor, block: int) -> Blocks:
 
 
 def random_anchors(batch: Batch, count: int) -> Tensor:
-    """`count` anchors a row, [B, count], drawn without replacement; each has a next answer token, if enough have."""
+    """`count` anchors a row, [B, count], drawn without replacement; each has a next answer token, if enough have.
+
+    In ascending order: blocks that stand together then see the same few tiles of the context, and attention skips the
+    rest.
+    """
     usable = batch.answer.clone()
     usable[:, :-1] &= batch.answer[:, 1:]
     usable[:, -1] = False
-    return (torch.rand(usable.shape, device=usable.device) + usable).topk(count, dim=1).indices
+    return (torch.rand(usable.shape, device=usable.device) + usable).topk(count, dim=1).indices.sort(dim=1).values
 
 
 def draft_hidden(draft: Draft, target: Target, batch: Batch, anchors: Tensor, context: Tensor) -> Tensor:
