@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from client import Body, generate
 from prompts import SETTINGS, chats, long_chats
 from rich.console import Console
@@ -18,6 +20,8 @@ from sglang_dflash import embedded
 from sglang_dflash.cli.server import serving
 
 SHORT_TOKENS, LONG_TOKENS = 72, 24
+PLANT = Path(__file__).with_name("plant")
+ON_GPU = torch.cuda.is_available()
 
 Serve = Callable[..., AbstractContextManager[str]]
 
@@ -29,15 +33,31 @@ def tokenizer(pair: embedded.Pair) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def serve(pair: embedded.Pair) -> Serve:
-    """serve(*args, env=None): a server of the embedded target with these arguments; gives its URL."""
+    """serve(*args, env=None): a server of the embedded target with these arguments; gives its URL.
+
+    It serves in float32 unless told otherwise: by default on a CPU, asked for on a GPU.
+    """
 
     @contextmanager
     def run(*args: str, env: dict[str, str] | None = None) -> Iterator[str]:
         base = ["--model-path", str(pair.target), "--log-level", "warning"]
+        if ON_GPU:
+            base += ["--mem-fraction-static", "0.3"]  # of a GPU that others may be using too
+        if ON_GPU and "--dtype" not in args:
+            base += ["--dtype", "float32"]
+            if "--speculative-algorithm" not in args:  # SGLang's own kernels are made for 16 bits
+                base += ["--attention-backend", "torch_native"]
+                env = {**(env or {}), "SGLANG_FORCE_FUSED_OP_BACKEND": "torch"}
         with serving(" ".join(args), [*base, *args], Console(stderr=True, quiet=True), env) as url:
             yield url
 
     return run
+
+
+def planted(what: str) -> dict[str, str]:
+    """The environment of a server with plant/dflash_plant.py in it; what: its DFLASH_PLANT."""
+    path = os.pathsep.join(filter(None, [str(PLANT), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "DFLASH_PLANT": what}
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from client import Body, generate
-from conftest import Plain, Serve
+from conftest import Plain, Serve, planted
 
-PLANT = Path(__file__).with_name("plant")
 DEPTH = 8
 TOKENS = 1 + 7 * (DEPTH + 1)  # the prefill's token, then seven whole steps
 
@@ -21,10 +20,9 @@ def test_right_drafts_are_accepted_whole_and_wrong_ones_not_at_all(
     asked = [i for both in zip(right, wrong, strict=True) for i in both]
     params = {"temperature": 0, "max_new_tokens": TOKENS}
     bodies = [{"input_ids": short_bodies[i]["input_ids"], "sampling_params": params} for i in asked]
-    env = {"PYTHONPATH": str(PLANT), "DFLASH_PLANT": str(known_answers)}
     with serve(
         "--speculative-algorithm", "DFLASH", "--speculative-num-draft-tokens", "15",
-        "--speculative-num-steps", str(DEPTH), "--page-size", "16", env=env,
+        "--speculative-num-steps", str(DEPTH), "--page-size", "16", env=planted(str(known_answers)),
     ) as url:  # fmt: skip
         answers = dict(zip(asked, generate(url, bodies, 8), strict=True))
     for i in asked:

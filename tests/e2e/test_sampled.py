@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from client import accept_length, generate
-from conftest import Serve
+from conftest import Serve, planted
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -18,7 +17,6 @@ from sglang_dflash.cli.load import chat_ids
 SAMPLES, LENGTH = 4000, 4
 AT_ONCE = 40  # samples of one request
 QUESTION = "Tom has 3 boxes with 12 pencils each. How many pencils does he have?"
-PLANT = Path(__file__).with_name("plant")
 
 TREE = "--speculative-num-draft-tokens 3 --random-seed 1"
 CHAIN = "--speculative-num-draft-tokens 2 --speculative-eagle-topk 1 --page-size 16 --random-seed 1"
@@ -47,16 +45,16 @@ def exact(pair: embedded.Pair, prompt: list[int]) -> dict[tuple[int, ...], float
 
 
 @pytest.mark.parametrize(
-    ("args", "planted", "samples"),
+    ("args", "buggy", "samples"),
     [(TREE, False, SAMPLES), (CHAIN, False, SAMPLES), (TREE, True, SAMPLES // 4)],
     ids=["tree", "chain", "planted bug"],
 )
 def test_first_tokens_are_distributed_as_the_target_says(
-    args: str, planted: bool, samples: int, serve: Serve, prompt: list[int], exact: dict[tuple[int, ...], float]
+    args: str, buggy: bool, samples: int, serve: Serve, prompt: list[int], exact: dict[tuple[int, ...], float]
 ) -> None:
     assert len(exact) >= 30
     assert sum(exact.values()) > 0.5
-    env = {"PYTHONPATH": str(PLANT), "DFLASH_PLANT": "prefer the draft"} if planted else None
+    env = planted("prefer the draft") if buggy else None
     params = {"temperature": 1.0, "max_new_tokens": LENGTH, "ignore_eos": True, "n": AT_ONCE}
     body = {"input_ids": prompt, "sampling_params": params}
     with serve("--speculative-algorithm", "DFLASH", *args.split(), env=env) as url:
@@ -71,7 +69,7 @@ def test_first_tokens_are_distributed_as_the_target_says(
     observed = [*counts.values(), samples - sum(counts.values())]
     expected = [samples * p for p in exact.values()]
     p = chisquare(observed, [*expected, samples - sum(expected)]).pvalue
-    assert p < 1e-6 if planted else p > 0.001, f"p = {p:.2g}"
+    assert p < 1e-6 if buggy else p > 0.001, f"p = {p:.2g}"
 
 
 def _chunks(items: list, size: int) -> list[list]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import httpx
 from client import Body
-from conftest import Plain, Serve
+from conftest import ON_GPU, Plain, Serve
 
 REQUESTS = 500
 POOL = 2048  # tokens; the requests running at once want more
+PATIENCE = (0.1, 0.3) if ON_GPU else (0.5, 2.0)  # seconds that a client which leaves waits, at least and beyond that
 
 
 def test_five_hundred_mixed_requests(serve: Serve, plain: Plain, short_bodies: list[Body]) -> None:
@@ -48,7 +49,7 @@ async def _load(url: str, plain: Plain, short_bodies: list[Body]) -> tuple[list[
         params = {"temperature": 1.0 if kind == "sampled" else 0, "max_new_tokens": tokens}
         if kind == "penalty":
             params["frequency_penalty"] = 0.5
-        patience = 0.5 + 2 * rng.random() if kind == "leaves" else 600
+        patience = PATIENCE[0] + PATIENCE[1] * rng.random() if kind == "leaves" else 600
         body = {"input_ids": short_bodies[i]["input_ids"], "sampling_params": params}
         async with turn:
             try:

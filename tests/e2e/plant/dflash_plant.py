@@ -57,4 +57,5 @@ def draft_from_answers(self: Any, batch: Any, bonus_tokens: torch.Tensor, window
         tokens[row] = (torch.tensor(coming)[:, None] + torch.arange(K) + (not right)) % vocab
     logp = torch.full((len(batch.reqs), depth, 1, K), -9.0)
     logp[..., 0] = -0.01
-    return grow(Lattice(tokens, logp), bonus_tokens, self.options.nodes)
+    device = bonus_tokens.device
+    return grow(Lattice(tokens.to(device), logp.to(device)), bonus_tokens, self.options.nodes)

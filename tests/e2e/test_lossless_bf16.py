@@ -1,0 +1,162 @@
+"""In bfloat16, on a GPU: the text is plain decoding's, up to what plain decoding itself changes with its batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx
+import pytest
+import torch
+from client import Body, accept_length, generate
+from conftest import ON_GPU, Serve, planted
+
+pytestmark = pytest.mark.skipif(
+    not ON_GPU or torch.cuda.get_device_capability()[0] not in (8, 9),
+    reason="needs a GPU with FlashAttention-3: compute capability 8 or 9",
+)
+
+PROMPTS, TOKENS = 32, 96
+# A pass over a tree rounds in other places than a pass over a batch does: at most twice as much may come of it.
+FACTOR = 2.0
+BF16 = ("--dtype", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tree server's arguments, its nodes, and the tokens a step it must exceed."""
+
+    args: str
+    nodes: int
+    accepted: float = 2.0
+
+
+CASES = {
+    "tree 63": Case("--speculative-num-draft-tokens 63 --speculative-num-steps 15", 63),
+    "tree 15, pages of 16": Case(
+        "--speculative-num-draft-tokens 15 --speculative-num-steps 8 --page-size 16", 15
+    ),
+    "tree 2, pages of 64": Case(
+        "--speculative-num-draft-tokens 2 --speculative-num-steps 2 --page-size 64", 2, accepted=1.6
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Plain decoding's answers to one prompt at a time, and how far its batch size moves the gap of its two likeliest
+    tokens, at most."""
+
+    answers: list[Body]
+    noise: float
+
+
+@pytest.fixture(scope="module")
+def bodies(short_bodies: list[Body]) -> list[Body]:
+    params = {"temperature": 0, "max_new_tokens": TOKENS}
+    return [{"input_ids": body["input_ids"], "sampling_params": params} for body in short_bodies[:PROMPTS]]
+
+
+@pytest.fixture(scope="module")
+def truth(serve: Serve, bodies: list[Body]) -> Truth:
+    asked = [{**body, "return_logprob": True, "top_logprobs_num": 2} for body in bodies]
+    with serve(*BF16) as url:
+        alone = generate(url, asked, 1)
+        httpx.post(f"{url}/flush_cache").raise_for_status()
+        together = generate(url, asked, PROMPTS)
+    return Truth(alone, max(map(moved, alone, together)))
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def server(case: Case, serve: Serve, truth: Truth) -> Iterator[str]:
+    with serve(*BF16, "--speculative-algorithm", "DFLASH", "--enable-metrics", *case.args.split()) as url:
+        yield url
+
+
+def test_noise_is_small_beside_what_a_token_is_decided_by(truth: Truth) -> None:
+    """Else the tests here could not fail."""
+    gaps = torch.tensor([gap(answer, at) for answer in truth.answers for at in range(length(answer))])
+    assert (gaps < FACTOR * truth.noise).float().mean() < 0.5, f"noise {truth.noise:.3f}"
+
+
+def test_answers_to_other_prompts_are_told_apart(truth: Truth) -> None:
+    shifted = truth.answers[1:] + truth.answers[:1]
+    assert len(beyond_noise(shifted, truth)) > PROMPTS / 2
+
+
+def test_a_walk_that_prefers_the_draft_is_told_apart(serve: Serve, bodies: list[Body], truth: Truth) -> None:
+    args = ("--speculative-algorithm", "DFLASH", "--speculative-num-draft-tokens", "15")
+    with serve(*BF16, *args, env=planted("prefer the draft")) as url:
+        answers = generate(url, bodies, PROMPTS)
+    assert beyond_noise(answers, truth) != []
+
+
+@pytest.mark.parametrize("concurrency", [1, PROMPTS])
+def test_text_is_plain_decodings_up_to_its_own_noise(
+    case: Case, concurrency: int, server: str, bodies: list[Body], truth: Truth
+) -> None:
+    answers = generate(server, bodies, concurrency)
+    assert tree_nodes(server) == case.nodes
+    assert beyond_noise(answers, truth) == []
+    assert accept_length(answers) > case.accepted
+
+
+def tree_nodes(url: str) -> float:
+    """Drafted nodes of a tree, as the server's metrics tell them; SGLang's own DFLASH worker tells none."""
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    (line,) = [line for line in lines if line.startswith("sglang:dflash_tree_nodes{")]
+    return float(line.rsplit(" ", 1)[1])
+
+
+def beyond_noise(answers: list[Body], truth: Truth) -> list[str]:
+    """Answers that leave plain decoding's where it was sure, in words."""
+    wrong = []
+    for i, (answer, plain) in enumerate(zip(answers, truth.answers, strict=True)):
+        got, want = answer["output_ids"], plain["output_ids"]
+        at = parting(answer, plain)
+        if got == want:
+            continue
+        if at == min(len(got), len(want)):
+            wrong.append(f"answer {i} has {len(got)} tokens, plain decoding's {len(want)}")
+        elif gap(plain, at) >= FACTOR * truth.noise:
+            wrong.append(
+                f"answer {i}: token {at} is {got[at]}, plain decoding says {want[at]} by {gap(plain, at):.3f}, "
+                f"and its noise is {truth.noise:.3f}"
+            )
+    return wrong
+
+
+def moved(alone: Body, together: Body) -> float:
+    """How far the gap of alone's two likeliest tokens moves, at most, as long as the same tokens were before."""
+    furthest = 0.0
+    for at in range(min(parting(alone, together) + 1, length(alone), length(together))):
+        (first, one, _), (second, other, _) = top_two(alone, at)
+        logprobs = {token: logprob for logprob, token, _ in top_two(together, at)}
+        if one in logprobs and other in logprobs:
+            furthest = max(furthest, abs(first - second - (logprobs[one] - logprobs[other])))
+    return furthest
+
+
+def parting(one: Body, other: Body) -> int:
+    """The first place where two answers differ, or the length of the shorter."""
+    pairs = list(zip(one["output_ids"], other["output_ids"], strict=False))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+
+
+def length(answer: Body) -> int:
+    return len(answer["output_ids"])
+
+
+def top_two(answer: Body, at: int) -> list[tuple[float, int, str | None]]:
+    """The two likeliest tokens there, as (log-probability, token, text)."""
+    return answer["meta_info"]["output_top_logprobs"][at][:2]
+
+
+def gap(answer: Body, at: int) -> float:
+    (first, *_), (second, *_) = top_two(answer, at)
+    return first - second
