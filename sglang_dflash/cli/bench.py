@@ -110,10 +110,10 @@ def bench(
                 max_tokens = max_tokens or (96 if _on_cpu() else 256)
                 widths = concurrency or [1]
                 servers = _servers(
-                    models, tree, opponent or [], opponent_block, _for_every_server(context.args, widths)
+                    models, tree, opponent or [], opponent_block, for_every_server(context.args, widths)
                 )
             counts = {width: max(prompts, per_slot * width) for width in widths}
-            ids = _prompt_ids(models, benchmark, max(counts.values()))
+            ids = prompt_ids(models, benchmark, max(counts.values()))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     plan = Plan(
@@ -214,7 +214,7 @@ def _servers(
     return servers
 
 
-def _for_every_server(extra: list[str], widths: list[int]) -> list[str]:
+def for_every_server(extra: list[str], widths: list[int]) -> list[str]:
     """Options of every server: those given, and as many requests at once as are sent."""
     widest = max(widths)
     if widest > DFLASH_RUNNING and not any(a.startswith("--max-running-requests") for a in extra):
@@ -224,7 +224,7 @@ def _for_every_server(extra: list[str], widths: list[int]) -> list[str]:
 
 def _ours(models: Models, tree: str, extra: list[str]) -> Server:
     """The server with this package's DFLASH for one --tree. Raises ValueError where it cannot be served."""
-    args = [*models.dflash_args(None), *_tree_args(tree), *extra]
+    args = [*models.dflash_args(None), *tree_args(tree), *extra]
     asked = _parsed(args, extra)
     from sglang_dflash.options import Options, reason_to_hand_over  # SGLang must have been imported before
 
@@ -235,7 +235,7 @@ def _ours(models: Models, tree: str, extra: list[str]) -> Server:
     return Server("ours", args, models.draft_name, options.nodes, options.depth, options.chain)
 
 
-def _tree_args(tree: str) -> list[str]:
+def tree_args(tree: str) -> list[str]:
     """SGLang's arguments for `N`, `N:D` or `chain:D`; none for the default tree, an empty string."""
     if not tree:
         return []
@@ -285,7 +285,7 @@ def _block_size(draft: str) -> int:
     return int(config.resolve_block_size(default=16))
 
 
-def _prompt_ids(models: Models, benchmark: str, count: int) -> list[list[int]]:
+def prompt_ids(models: Models, benchmark: str, count: int) -> list[list[int]]:
     questions = load.questions(benchmark, count)
     tokenizer = models.tokenizer()
     return [load.chat_ids(tokenizer, question) for question in questions]

@@ -162,11 +162,11 @@ def check_out(file: Path) -> None:
 
 def save(file: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
     """Write the rows to `file` after `about` (command, date, device), and their plot beside it; gives its path."""
-    file.write_text(json.dumps({**about, "versions": _versions(), "rows": rows}, indent=1) + "\n")
+    file.write_text(json.dumps({**about, "versions": versions(), "rows": rows}, indent=1) + "\n")
     return draw(file)
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name in VERSIONS:
         try:

@@ -82,13 +82,13 @@ def run(*args: str) -> Any:
     ],
 )
 def test_what_a_tree_means_to_sglang(tree: str, args: list[str]) -> None:
-    assert bench._tree_args(tree) == args
+    assert bench.tree_args(tree) == args
 
 
 @pytest.mark.parametrize("tree", ["x", "7:", ":7", "chain", "chain:", "7:8:9", "-1", "7.5"])
 def test_a_tree_that_is_none(tree: str) -> None:
     with pytest.raises(ValueError, match=rf"--tree '{tree}': give nodes"):
-        bench._tree_args(tree)
+        bench.tree_args(tree)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_opponents_have_their_configs_block_or_the_one_given(monkeypatch: pytest
 
 
 def test_no_server_runs_fewer_at_once_than_are_sent() -> None:
-    assert bench._for_every_server(["--tp", "2"], [1, 48]) == ["--tp", "2"]
-    assert bench._for_every_server([], [1, 128]) == ["--max-running-requests", "128"]
-    assert bench._for_every_server(["--max-running-requests=64"], [128]) == ["--max-running-requests=64"]
+    assert bench.for_every_server(["--tp", "2"], [1, 48]) == ["--tp", "2"]
+    assert bench.for_every_server([], [1, 128]) == ["--max-running-requests", "128"]
+    assert bench.for_every_server(["--max-running-requests=64"], [128]) == ["--max-running-requests=64"]
 
 
 def test_servers_take_turns_round_by_round(log: Log) -> None:
