@@ -42,7 +42,7 @@ from sglang_dflash.cli.server import serving
 LIMIT = 180  # seconds that all answers of a batch may take, the writing of a trace included
 SETTLED = 4  # chunks after which an answer decodes: the prefill's and a few steps'
 WARM_UP_TOKENS = 64
-SKIPPED = 3  # steps at a trace's beginning: the profiler has just stopped the server for seconds
+SKIPPED = 3  # steps at a trace's beginning: it cuts the first, and the server has just stood still for seconds
 LEAST_STEPS = 3
 GRAPH_OPS = 8  # a pass has more
 LISTED = 25
@@ -225,7 +225,7 @@ def steps_of(ops: list[Op], batch: int) -> list[Step]:
             f"{len(graphs)} CUDA graphs and {len(walks)} walks are in the trace: no steps of ours are there"
         )
     steps = []
-    for walk, following in pairwise(walks):
+    for walk, following in pairwise(walks[SKIPPED:]):
         if walk.blocks == following.blocks == batch:  # a block a request
             before, verify = (_verify_before(op, graphs) for op in (walk, following))
             begin = _end(before)
@@ -234,9 +234,9 @@ def steps_of(ops: list[Op], batch: int) -> list[Step]:
                 raise ValueError(f"{len(drafts)} draft passes between two verify passes: one must be a CUDA graph")
             edges = (begin, drafts[0][0].start, _end(drafts[0]), verify[0].start, _end(verify))
             steps.append(_step(edges, ops))
-    if len(steps) < SKIPPED + LEAST_STEPS:
+    if len(steps) < LEAST_STEPS:
         raise ValueError(f"{len(steps)} steps of {batch} requests are too few: give more --steps or --tokens")
-    return steps[SKIPPED:]
+    return steps
 
 
 def _verify_before(walk: Op, graphs: list[list[Op]]) -> list[Op]:
@@ -275,6 +275,7 @@ def analyse(trace: dict[str, Any], batch: int) -> dict[str, Any]:
         "batch": batch,
         "steps": len(steps),
         "profiled_step_ms": round(total / len(steps) / 1000, 3),
+        "busy_ms": round(busy / len(steps) / 1000, 3),
         "busy": round(busy / total, 4),
         "idle": round(1 - busy / total, 4),
         "parts": [_part(i, steps, ops) for i in range(len(PARTS))],
@@ -348,7 +349,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     launches = report["launches"]
     console.print(
         f"\n[bold]{report['batch']} at once[/]: {report['steps']} steps of {report['profiled_step_ms']} ms "
-        f"({report['step_ms']} ms without the profiler), idle {report['idle']:.1%}; a step launches "
+        f"({report['step_ms']} ms without the profiler), busy {report['busy_ms']} ms, "
+        f"idle {report['idle']:.1%}; a step launches "
         f"{launches['graphs']:g} graphs of {launches['in_graphs']:g} operations and {launches['others']:g} others"
     )
     for title, rows in {"parts of a step": report["parts"], **report["between"], "kernels": report["kernels"]}.items():
