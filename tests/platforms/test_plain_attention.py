@@ -68,10 +68,10 @@ class World:
             token_to_kv_pool=self.pool,
         )
         backend = PlainAttnBackend(runner)
-        backend.init_forward_metadata(batch)
-        q = torch.cat(self.queries).flatten(1)
-        out = backend.forward(q, self._new(self.keys), self._new(self.values), self.layer, batch)
-        return out.view(-1, HEADS, HEAD_DIM)
+        q, k, v = torch.cat(self.queries).flatten(1), self._new(self.keys), self._new(self.values)
+        with torch.device("meta"):  # a tensor made where torch pleases, and not where the pool is, is of no use
+            backend.init_forward_metadata(batch)
+            return backend.forward(q, k, v, self.layer, batch).view(-1, HEADS, HEAD_DIM)
 
     def _new(self, per_request: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([x[p:] for p, x in zip(self.prefix_lens, per_request, strict=True)])
