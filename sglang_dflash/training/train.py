@@ -179,6 +179,7 @@ def train(training: Training, data: Answers, held_out: Answers) -> Result:
                 note(t, held_out, few(held_out, recipe.evaluate_documents), mean)
                 t.save()
                 evaluated = begin + t.elapsed
+    t.save()  # what is trained is safe before everything is evaluated
     result = note(t, held_out, np.arange(len(held_out)), mean)
     t.save()
     return result
