@@ -51,10 +51,9 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> Tensor:
             q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), there[:, None, None], enable_gqa=True
         )
         return out[:, :, 0]
+    q = q.contiguous()
     slots, heads, d = q.shape
     kv_heads, out = k.shape[2], torch.empty_like(q)
     group = max(16, triton.next_power_of_2(heads // kv_heads))
-    _kernel[(slots, kv_heads)](
-        q.contiguous(), k, v, lens, out, d**-0.5, k.shape[1], heads, kv_heads, d, group, 64, num_warps=4
-    )
+    _kernel[(slots, kv_heads)](q, k, v, lens, out, d**-0.5, k.shape[1], heads, kv_heads, d, group, 64, num_warps=4)
     return out
