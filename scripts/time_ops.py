@@ -22,7 +22,7 @@ from sglang_dflash.kernels import Pools, compiled, plain
 
 REPEATS, ROUNDS = 50, 7
 NODES, DEPTH, K, RANK, VOCAB = 63, 15, 16, 128, 151_936
-HEADS, KV_HEADS, SIZE, LAYERS = 32, 8, 128, 5
+HEADS, KV_HEADS, SIZE, LAYERS, TARGET_LAYERS = 32, 8, 128, 5, 36
 
 Case = tuple[str, Callable[[], object], Callable[[], object]]
 
@@ -49,7 +49,8 @@ def cases(bs: int) -> list[Case]:
     kv = torch.randn(bs * m, 2, LAYERS, KV_HEADS, SIZE).to(bf16)
     pools = Pools.of([torch.zeros(bs * w + 1, KV_HEADS, SIZE, dtype=bf16) for _ in range(2 * LAYERS)])
     k_norm, cos_sin = torch.ones(LAYERS, 1, SIZE, dtype=bf16), torch.rand(8192, SIZE)
-    _, _, _, positions, context_slots = plain.commit_rows(slots, prefix, nodes, lens, w)
+    source, destination, _, positions, context_slots = plain.commit_rows(slots, prefix, nodes, lens, w)
+    target_pools = Pools.of([torch.zeros(bs * w + 1, KV_HEADS, SIZE, dtype=bf16) for _ in range(2 * TARGET_LAYERS)])
     arguments = {
         "topk_lse": (logits, K),
         "selector_logp": (unary, lse, tokens, bonus, gate, a, b),
@@ -60,6 +61,7 @@ def cases(bs: int) -> list[Case]:
         "walk": (tree, parents, mask, sampled, None, DEPTH),
         "open_window": (torch.zeros(bs, 8192, dtype=torch.int32), torch.arange(bs), prefix, bonus, 0, w, m),
         "commit_rows": (slots, prefix, nodes, lens, w),
+        "move_rows": (target_pools, source, destination, bs),
         "write_context": (kv, k_norm, cos_sin, positions, context_slots, pools, 1e-5),
     }
     return [

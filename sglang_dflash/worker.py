@@ -23,7 +23,7 @@ from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
 from torch import Tensor
 
 from sglang_dflash import kernels
-from sglang_dflash.draft.runner import DraftRunner
+from sglang_dflash.draft.runner import DraftRunner, rows_of
 from sglang_dflash.metrics import step_metrics
 from sglang_dflash.options import Options
 from sglang_dflash.tree import DraftTree, Walk, walk
@@ -71,6 +71,7 @@ class DFlashWorker(BaseSpecWorker):
         with draft_pp_context(), draft_tp_context(self.draft.layout):
             super().init_attention_backends()
         self.draft.bind_pools()
+        self._target_pools = rows_of(self.target.token_to_kv_pool)
 
     def init_cuda_graphs(self) -> None:
         graphs = get_exec().graph.cuda_graph_config.decode.backend != Backend.DISABLED
@@ -199,7 +200,7 @@ class DFlashWorker(BaseSpecWorker):
             window.slots, window.prefix_lens, walked.nodes, walked.lens, tree.tokens.shape[1]
         )
         if not self.options.chain:
-            self.target.token_to_kv_pool.move_kv_cache(destination, source)
+            kernels.move_rows(self._target_pools, source, destination, len(walked.lens))
         self.draft.write_context(features[rows], positions, slots)
 
 

@@ -233,7 +233,7 @@ class DFlashDraftModel(nn.Module):
         kernels.write_context(
             kv.view(-1, 2, len(self.layers), attention.num_kv_heads, attention.head_dim),
             self.context_k_norm if attention.k_norm is not None else None,
-            self._cos_sin,
+            attention.rotary_emb.cos_sin_cache,  # SGLang may have made it longer since it was loaded
             positions,
             slots,
             pools,
@@ -296,7 +296,6 @@ class DFlashDraftModel(nn.Module):
             qkv = [getattr(a.qkv_proj, name) for a in attention]
             kv = [w.split([a.q_size, a.kv_size, a.kv_size])[1:] for w, a in zip(qkv, attention, strict=True)]
             getattr(self.context_kv, name).copy_(torch.cat([k for k, _ in kv] + [v for _, v in kv]))
-        self._cos_sin = attention[0].rotary_emb.cos_sin_cache.float()
         if attention[0].k_norm is not None:
             self.context_k_norm.copy_(torch.stack([a.k_norm.weight for a in attention])[:, None])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.runtime_context import get_spec
@@ -65,8 +66,7 @@ class DraftRunner:
 
     def bind_pools(self) -> None:
         """Called once, when SGLang has made the draft's KV pool."""
-        pool = self.runner.token_to_kv_pool
-        self._pools = Pools.of([*pool.k_buffer, *pool.v_buffer])
+        self._pools = rows_of(self.runner.token_to_kv_pool)
 
     def write_context(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
         """Write committed tokens' target features into the draft's KV pool.
@@ -128,3 +128,13 @@ class DraftRunner:
         )
         window.plan.bind(forward_batch, self.runner.kv_index_translator, cols=slice(0, block))
         return forward_batch
+
+
+def rows_of(pool: Any) -> Pools:
+    """A KV pool's layers, keys then values, for kernels that move rows. Raises ValueError for another kind of pool."""
+    if not isinstance(pool, MHATokenToKVPool) or pool.kv_cache_layout != "nhd":
+        raise ValueError(
+            f"DFLASH moves rows [heads, size] of a KV pool, and this server's is a {type(pool).__name__} of layout "
+            f"{getattr(pool, 'kv_cache_layout', None)!r}: leave out what asks for it, or serve without DFLASH"
+        )
+    return Pools.of([*pool.k_buffer, *pool.v_buffer])

@@ -136,6 +136,11 @@ def commit_rows(
     return source, destination, rows, positions, context_slots
 
 
+def move_rows(pools: Pools, source: Tensor, destination: Tensor, bs: int) -> None:
+    row = pools.tensors[0][0]
+    library().move_rows(pools.addresses, source, destination, bs, row.nbytes)
+
+
 def write_context(
     kv: Tensor, k_norm: Tensor | None, cos_sin: Tensor, positions: Tensor, slots: Tensor, pools: Pools, eps: float
 ) -> None:

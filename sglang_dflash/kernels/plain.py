@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sglang_dflash.kernels.attention import window_attention
 from sglang_dflash.kernels.lattice import lattice_logp, selector_logp, topk_lse
-from sglang_dflash.kernels.rows import commit_rows, open_window, write_context
+from sglang_dflash.kernels.rows import commit_rows, move_rows, open_window, write_context
 from sglang_dflash.kernels.tree import grow, grow_chain, walk
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "grow",
     "grow_chain",
     "lattice_logp",
+    "move_rows",
     "open_window",
     "selector_logp",
     "topk_lse",

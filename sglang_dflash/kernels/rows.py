@@ -78,19 +78,25 @@ def commit_rows(
     return source.flatten(), to.flatten(), rows.flatten(), positions.flatten(), context_slots.flatten()
 
 
+def move_rows(pools: Pools, source: Tensor, destination: Tensor, bs: int) -> None:
+    """`cache[destination] = cache[source]` in every cache, with what `commit_rows` gave for bs requests."""
+    for pool in pools.tensors:
+        pool[destination] = pool[source]
+
+
 def write_context(
     kv: Tensor, k_norm: Tensor | None, cos_sin: Tensor, positions: Tensor, slots: Tensor, pools: Pools, eps: float
 ) -> None:
     """Norm and rotate the keys of committed tokens, and write keys and values of all layers into their pools.
 
     kv [T, 2, layers, heads, size]: keys, then values; k_norm [layers, 1, size]: RMSNorm weights, None without; cos_sin
-    [positions, size] float32: cosines of the size / 2 pairs (i, i + size / 2), then their sines; positions and slots
-    [T] int64, a row for slot 0 may be dropped; pools: all layers' keys, then all layers' values.
+    [positions, size], float32 on a GPU: cosines of the size / 2 pairs (i, i + size / 2), then their sines; positions
+    and slots [T] int64, a row for slot 0 may be dropped; pools: all layers' keys, then all layers' values.
     """
     k, v = kv.float().unbind(1)
     if k_norm is not None:
         k = F.rms_norm(k, k.shape[-1:], eps=eps) * k_norm
-    cos, sin = cos_sin[positions][:, None, None].chunk(2, -1)
+    cos, sin = cos_sin[positions].float()[:, None, None].chunk(2, -1)
     one, two = k.chunk(2, -1)
     k = torch.cat([one * cos - two * sin, two * cos + one * sin], -1)
     layers = kv.shape[2]

@@ -111,8 +111,14 @@ def test_walk_and_commit(n: int, d: int, limited: bool) -> None:
     args = (tree, parents, mask, sampled, limit, d)
     agree("walk", *args)
     nodes, _, lens, _ = plain.walk(*args)
-    slots = 1 + torch.rand(bs, 4 * n + 20).argsort(-1)[:, : n + 3].contiguous()
+    slots = 1 + torch.randperm(bs * (4 * n + 20)).view(bs, -1)[:, : n + 3].contiguous()
     agree("commit_rows", slots, torch.tensor([5, 0, 70]), nodes, lens, n + 1)
+    source, destination, *_ = compiled.commit_rows(slots, torch.tensor([5, 0, 70]), nodes, lens, n + 1)
+    caches = [torch.randn(bs * (4 * n + 20) + 1, 3, 40).to(torch.bfloat16) for _ in range(4)]
+    got, want = ([cache.clone() for cache in caches] for _ in range(2))
+    compiled.move_rows(Pools.of(got), source, destination, bs)
+    plain.move_rows(Pools.of(want), source, destination, bs)
+    assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.parametrize(("bs", "w", "block"), [(1, 1, 1), (3, 64, 16), (70, 3, 3)])

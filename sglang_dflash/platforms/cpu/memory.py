@@ -32,8 +32,3 @@ class CpuKVPool(MHATokenToKVPool):
     def _store_kv_layer(self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor) -> None:
         self.k_buffer[layer_idx].index_copy_(0, loc, cache_k)
         self.v_buffer[layer_idx].index_copy_(0, loc, cache_v)
-
-    def _move_kv_cache_impl(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
-        # Indexing copies, so overlapping sources and targets are safe.
-        for buffer in (*self.k_buffer, *self.v_buffer):
-            buffer[tgt_loc] = buffer[src_loc]

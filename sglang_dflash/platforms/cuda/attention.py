@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention import flashattention_backend
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from torch import Tensor
 
 from sglang_dflash import kernels
@@ -28,17 +27,8 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
     """SGLang's FlashAttention-3 backend, with window passes (TARGET_VERIFY) under `spec_info.window_mask`.
 
     window_mask [bs, w, w] bool: window token i sees window token j, in every layer. The keys and values of the window
-    are written by the same kernel that attends to them, so the pool must be of plain rows [slots, heads, size].
+    are written by the same kernel that attends to them.
     """
-
-    def __init__(self, model_runner: Any) -> None:
-        super().__init__(model_runner)
-        pool = self.token_to_kv_pool
-        if type(pool) is not MHATokenToKVPool or pool.kv_cache_layout != "nhd":
-            raise ValueError(
-                f"DFLASH writes a KV pool of plain rows, and this server has a {type(pool).__name__} of layout "
-                f"{getattr(pool, 'kv_cache_layout', None)!r}: leave out the option that asks for it"
-            )
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)

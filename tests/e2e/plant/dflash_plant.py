@@ -45,7 +45,7 @@ def known() -> dict[tuple[int, ...], tuple[list[int], bool]]:
     return {tuple(row["prompt"]): (row["answer"], i % 2 == 0) for i, row in enumerate(rows)}
 
 
-def draft_from_answers(self: Any, batch: Any, bonus_tokens: torch.Tensor, window: Any) -> Any:
+def draft_from_answers(self: Any, batch: Any, window: Any) -> Any:
     from sglang_dflash.tree import Lattice, grow
 
     depth, vocab = self.options.depth, self.options.draft.vocab_size
@@ -57,5 +57,6 @@ def draft_from_answers(self: Any, batch: Any, bonus_tokens: torch.Tensor, window
         tokens[row] = (torch.tensor(coming)[:, None] + torch.arange(K) + (not right)) % vocab
     logp = torch.full((len(batch.reqs), depth, 1, K), -9.0)
     logp[..., 0] = -0.01
-    device = bonus_tokens.device
-    return grow(Lattice(tokens.to(device), logp.to(device)), bonus_tokens, self.options.nodes)
+    device = window.prefix_lens.device
+    root = window.block_tokens[:, 0].contiguous()
+    return grow(Lattice(tokens.to(device), logp.to(device)), root, self.options.nodes)
