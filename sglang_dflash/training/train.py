@@ -70,6 +70,14 @@ class Training:
             for layer in [*target.layers, *self.draft.layers]:
                 layer.compile(dynamic=False)
 
+    def begin_with(self, path: Path) -> None:
+        """Take a saved draft's weights to begin with. Raises ValueError where it has another shape."""
+        given = drafts.load(path, self.target.config)
+        if given.shape != self.draft.shape:
+            raise ValueError(f"{path} is a draft of {given.shape}: ask for that shape, not {self.draft.shape}")
+        self.draft.load_state_dict(given.state_dict())
+        self.average = {k: v.detach().clone() for k, v in self.draft.state_dict().items()}
+
     def learning_rate(self) -> float:
         r = self.recipe
         done = min(1.0, max(self.step / r.steps, self.elapsed / 60 / r.minutes))
