@@ -48,7 +48,7 @@ def main(
     anchors: int = Recipe.anchors,
     evaluate_every: Annotated[float, typer.Option(help="seconds")] = Recipe.evaluate_every,
     documents: Annotated[int, typer.Option(help="a benchmark, evaluated on the way")] = Recipe.evaluate_documents,
-    start: Annotated[Path | None, typer.Option(help="a draft of the same shape to begin with")] = None,
+    begin: Annotated[Path | None, typer.Option(help="a draft of the same shape to begin with")] = None,
     resume: Annotated[bool, typer.Option(help="go on from OUT/state.pt")] = False,
     share: Annotated[bool, typer.Option(help="first measure the share of a plain matmul loop's speed")] = False,
     seed: int = 0,
@@ -66,8 +66,8 @@ def main(
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     training = Training(model, shape, recipe, out)
-    if start:
-        training.begin_with(start)
+    if begin:
+        training.begin_with(begin)
     if resume:
         training.resume()
     if training.rank == 0:
