@@ -1,104 +1,118 @@
-// The n most probable paths of each request's lattice, best first. One block a request; its first warp pops.
+// The n most probable paths of each request's lattice, best first. One block a request: all of it sorts the lattice's rows,
+// its first warp pops.
 //
 // Every node of the tree so far offers its best child that is not in the tree; the best offer is the next node. A child
 // is never more probable than its parent or than the sibling offered before it, so the nodes come out in the total
-// order that `kernels.tree.grow` states: path log-probability, then depth, parent, rank.
+// order that `kernels.tree.grow` states. With sorted rows a node's next offer is the next of its row: a pop is two
+// reductions over the warp, one shuffle and one read.
 #include "common.cuh"
 
 namespace dflash {
 namespace {
 
+constexpr int kGrowThreads = 512;
 constexpr unsigned kNothing = 0xffffffffu;  // above every cost: non-negative floats order as their bits do
 
-struct Offer {
-  unsigned cost;  // bits of the child's path cost
-  int rank;
-};
-
-// The best child of a node after (cost, rank) in the order of (cost, rank). Lane r of the warp holds candidate r's.
-__device__ Offer next_child(float parent_cost, const float* logp, int k, unsigned after_cost, int after_rank, int lane) {
-  unsigned cost = kNothing;
-  if (lane < k) {
-    cost = __float_as_uint(parent_cost - logp[lane]);
-    if (cost < after_cost || (cost == after_cost && lane <= after_rank)) cost = kNothing;
+// Each row of k in place, highest first, equal ones as they stood; `ranks` says where each stood. A warp sorts as many
+// whole rows at once as it has lanes for, by counting.
+__device__ void sort_rows(float* logp, uint8_t* ranks, int count, int k) {
+  const int lane = threadIdx.x % kWarp, at_once = kWarp / k * k, rank = lane % k;
+  for (int base = threadIdx.x / kWarp * at_once; base < count; base += kGrowThreads / kWarp * at_once) {
+    const int i = base + lane;
+    const bool there = lane < at_once && i < count;
+    const float mine = there ? logp[i] : 0.f;
+    int place = 0;
+    for (int j = 0; there && j < k; ++j) {
+      const float other = logp[i - rank + j];
+      place += other > mine || (other == mine && j < rank);
+    }
+    __syncwarp();
+    if (there) logp[i - rank + place] = mine, ranks[i - rank + place] = rank;
   }
-  const unsigned best = __reduce_min_sync(kAll, cost);
-  const unsigned owners = __ballot_sync(kAll, cost == best);
-  return {best, __ffs(owners) - 1};
 }
 
-template <int kSlots>  // nodes a lane holds the offer of
+// A node, and the child it offers next; in the registers of one lane.
+struct Node {
+  float cost = 0.f;  // of the path to it
+  int parent = 0, depth = 0, rank = 0;
+  int next = 0, end = 0;  // its row of the lattice, from the child on offer
+  unsigned offer = kNothing;  // bits of that child's cost
+  int offer_rank = 0;
+
+  __device__ void set_offer(const float* logp, const uint8_t* ranks) {
+    offer = kNothing;
+    if (next < end) offer = __float_as_uint(cost - logp[next]), offer_rank = ranks[next];
+  }
+};
+
+template <int kSlots>  // nodes a lane holds
 __global__ void grow_kernel(const int64_t* tokens, const float* logp, const int64_t* bonus_tokens, int64_t* out_tokens,
                             int64_t* out_parents, int64_t* out_depths, float* out_logp, bool* out_mask, int d, int kp,
                             int k, int n) {
-  constexpr int kNodes = kSlots * kWarp;
   DFLASH_DYNAMIC_SHARED(memory);
-  float* lattice = reinterpret_cast<float*>(memory);  // [d, kp, k]
-  __shared__ float cost[kNodes];
-  __shared__ int parent[kNodes], depth[kNodes], rank[kNodes];
-  __shared__ unsigned above[kNodes][kSlots];  // bit j of row i: node i sees node j
+  const int count = d * kp * k;
+  float* lattice = reinterpret_cast<float*>(memory);             // [d, kp, k]
+  uint8_t* ranks = reinterpret_cast<uint8_t*>(lattice + count);  // [d, kp, k]
+  __shared__ int depth[kSlots * kWarp], rank[kSlots * kWarp];
+  __shared__ unsigned above[kSlots * kWarp][kSlots];  // bit j of row i: node i sees node j
 
   const int request = blockIdx.x, lane = threadIdx.x % kWarp, w = n + 1;
-  for (int i = threadIdx.x; i < d * kp * k; i += blockDim.x) lattice[i] = logp[request * d * kp * k + i];
+  const int64_t first = static_cast<int64_t>(request) * w;
+  for (int i = threadIdx.x; i < count; i += kGrowThreads) lattice[i] = logp[static_cast<int64_t>(request) * count + i];
+  __syncthreads();
+  sort_rows(lattice, ranks, count, k);
   __syncthreads();
 
   if (threadIdx.x < kWarp) {
-    unsigned offer_cost[kSlots];
-    int offer_rank[kSlots];
-    for (int s = 0; s < kSlots; ++s) offer_cost[s] = kNothing, offer_rank[s] = 0;
-    if (lane == 0) cost[0] = 0.f, parent[0] = depth[0] = rank[0] = 0;
-    if (lane < kSlots) above[0][lane] = lane == 0;
-    __syncwarp();
-    // A candidate's row in the lattice: its depth, and its parent's rank where that matters.
-    auto children = [&](int node) { return lattice + (depth[node] * kp + (kp > 1 ? rank[node] : 0)) * k; };
-    auto hold = [&](int node, Offer offer) {
-      for (int s = 0; s < kSlots; ++s)
-        if (node == s * kWarp + lane) offer_cost[s] = offer.cost, offer_rank[s] = offer.rank;
+    Node nodes[kSlots];
+    auto open = [&](int node, float cost, int parent, int level, int taken) {
+      if (lane < kSlots) above[node][lane] = (node ? above[parent][lane] : 0u) | (node / kWarp == lane ? 1u << node % kWarp : 0u);
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) {
+        if (node != s * kWarp + lane) continue;
+        const int row = (level * kp + (kp > 1 ? taken : 0)) * k;  // its children: by their depth, and its rank if that matters
+        nodes[s] = {cost, parent, level, taken, row, level < d ? row + k : row};
+        nodes[s].set_offer(lattice, ranks);
+      }
     };
-    hold(0, next_child(0.f, children(0), k, 0u, -1, lane));
-
+    open(0, 0.f, 0, 0, 0);
     for (int node = 1; node < w; ++node) {
       unsigned best = kNothing;
-      for (int s = 0; s < kSlots; ++s) best = min(best, offer_cost[s]);
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) best = min(best, nodes[s].offer);
       best = __reduce_min_sync(kAll, best);
       // Of equal offers the shallower wins, then the lower parent.
       unsigned code = kNothing;
-      for (int s = 0; s < kSlots; ++s) {
-        const int from = s * kWarp + lane;
-        if (offer_cost[s] == best && from < node) code = min(code, static_cast<unsigned>(depth[from] << 16 | from));
+      int taken = 0;
+#pragma unroll
+      for (int s = kSlots - 1; s >= 0; --s) {
+        const unsigned own = nodes[s].depth << 16 | (s * kWarp + lane);
+        if (nodes[s].offer == best && own < code) code = own, taken = nodes[s].offer_rank;
       }
       code = __reduce_min_sync(kAll, code);
-      const int from = code & 0xffff;
-      int mine = 0;
+      const int parent = code & 0xffff;
+      taken = __shfl_sync(kAll, taken, parent % kWarp);
+#pragma unroll
       for (int s = 0; s < kSlots; ++s)
-        if (from / kWarp == s) mine = offer_rank[s];
-      const int taken = __shfl_sync(kAll, mine, from % kWarp);
-      if (lane == 0) {
-        cost[node] = __uint_as_float(best);
-        parent[node] = from;
-        depth[node] = depth[from] + 1;
-        rank[node] = taken;
-      }
-      if (lane < kSlots) above[node][lane] = above[from][lane] | (node / kWarp == lane ? 1u << node % kWarp : 0u);
-      __syncwarp();
-      hold(from, next_child(cost[from], children(from), k, best, taken, lane));
-      hold(node, depth[node] < d ? next_child(cost[node], children(node), k, 0u, -1, lane) : Offer{kNothing, 0});
+        if (parent == s * kWarp + lane) ++nodes[s].next, nodes[s].set_offer(lattice, ranks);
+      open(node, __uint_as_float(best), parent, (code >> 16) + 1, taken);
+    }
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      const int node = s * kWarp + lane;
+      depth[node] = nodes[s].depth, rank[node] = nodes[s].rank;
+      if (node < w) out_parents[first + node] = nodes[s].parent, out_logp[first + node] = 0.f - nodes[s].cost;
     }
   }
   __syncthreads();
 
-  for (int i = threadIdx.x; i < w; i += blockDim.x) {
-    const int64_t row = static_cast<int64_t>(request) * w + i;
-    out_tokens[row] = i == 0 ? bonus_tokens[request] : tokens[(request * d + depth[i] - 1) * k + rank[i]];
-    out_parents[row] = parent[i];
-    out_depths[row] = depth[i];
-    out_logp[row] = 0.f - cost[i];
+  for (int i = threadIdx.x; i < w; i += kGrowThreads) {
+    out_tokens[first + i] = i == 0 ? bonus_tokens[request] : tokens[(request * d + depth[i] - 1) * k + rank[i]];
+    out_depths[first + i] = depth[i];
   }
-  bool* mask = out_mask + static_cast<int64_t>(request) * w * w;
-  for (int i = threadIdx.x; i < w * w; i += blockDim.x) {
-    const int j = i % w;
-    mask[i] = above[i / w][j / kWarp] >> j % kWarp & 1u;
-  }
+  bool* mask = out_mask + first * w;
+  for (int i = threadIdx.x / kWarp; i < w; i += kGrowThreads / kWarp)
+    for (int j = lane; j < w; j += kWarp) mask[i * w + j] = above[i][j / kWarp] >> lane & 1u;
 }
 
 void grow(TensorView tokens, TensorView logp, TensorView bonus_tokens, TensorView out_tokens, TensorView out_parents,
@@ -111,7 +125,7 @@ void grow(TensorView tokens, TensorView logp, TensorView bonus_tokens, TensorVie
                       : w <= 128 ? grow_kernel<4>
                                  : grow_kernel<8>;
   TVM_FFI_ICHECK(w <= 256) << "grow takes 255 nodes at most, got " << w - 1;
-  launch(kernel, dim3(bs), 128, d * kp * k * sizeof(float), stream_of(tokens),
+  launch(kernel, dim3(bs), kGrowThreads, d * kp * k * (sizeof(float) + 1), stream_of(tokens),
          data<int64_t>(tokens, "tokens", {bs, d, k}), data<float>(logp, "logp", {bs, d, kp, k}),
          data<int64_t>(bonus_tokens, "bonus_tokens", {bs}), data<int64_t>(out_tokens, "out_tokens", {bs, w}),
          data<int64_t>(out_parents, "out_parents", {bs, w}), data<int64_t>(out_depths, "out_depths", {bs, w}),

@@ -40,15 +40,21 @@ __device__ inline Lse join(Lse a, Lse b) {
   return {max, a.sum * __expf(a.max - max) + b.sum * __expf(b.max - max)};
 }
 
-__device__ inline Lse block_join(Lse mine, Lse* shared) {
-  for (int step = kWarp / 2; step > 0; step /= 2)
-    mine = join(mine, {__shfl_xor_sync(kAll, mine.max, step), __shfl_xor_sync(kAll, mine.sum, step)});
-  const int warp = threadIdx.x / kWarp;
-  if (threadIdx.x % kWarp == 0) shared[warp] = mine;
+__device__ inline float block_max(float mine, float* of_warp) {
+  for (int step = kWarp / 2; step > 0; step /= 2) mine = fmaxf(mine, __shfl_xor_sync(kAll, mine, step));
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = mine;
   __syncthreads();
-  Lse all = shared[0];
-  for (int i = 1; i < kThreads / kWarp; ++i) all = join(all, shared[i]);
-  return all;
+  for (int i = 0; i < kThreads / kWarp; ++i) mine = fmaxf(mine, of_warp[i]);
+  return mine;
+}
+
+__device__ inline float block_sum(float mine, float* of_warp) {
+  mine = warp_sum(mine);
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = mine;
+  __syncthreads();
+  mine = 0.f;
+  for (int i = 0; i < kThreads / kWarp; ++i) mine += of_warp[i];
+  return mine;
 }
 
 // How many of keys [count] are higher than `key`.
@@ -65,7 +71,7 @@ __global__ void part_kernel(const T* logits, int64_t stride, int vocab, int part
   DFLASH_DYNAMIC_SHARED(memory);
   Key* candidates = reinterpret_cast<Key*>(memory);  // [k * elements of a thread]
   __shared__ Key highest[kThreads];
-  __shared__ Lse lse_of_warp[kThreads / kWarp];
+  __shared__ float max_of_warp[kThreads / kWarp], sum_of_warp[kThreads / kWarp];
   __shared__ Key floor_key;
   __shared__ int found;
 
@@ -78,32 +84,32 @@ __global__ void part_kernel(const T* logits, int64_t stride, int vocab, int part
     for (int v = begin + threadIdx.x; v < end; v += kThreads) {
       alignas(16) T values[kVector];
       *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(line + v * kVector);
+#pragma unroll
       for (int i = 0; i < kVector; ++i)
-        if (v * kVector + i < vocab) visit(key_of(to_float(values[i]), v * kVector + i));
+        if (v * kVector + i < vocab) visit(to_float(values[i]), v * kVector + i);
     }
   };
 
-  Key mine = 0;
-  Lse lse{-INFINITY, 0.f};
-  each([&](Key key) {
-    mine = max(mine, key);
-    const float logit = logit_of(key);
-    if (logit > lse.max) {
-      lse.sum *= __expf(lse.max - logit);
-      lse.max = logit;
-    }
-    if (logit > -INFINITY) lse.sum += __expf(logit - lse.max);
+  float high = -INFINITY;
+  int at = (begin + threadIdx.x) * kVector;  // of equal logits, and where all are -inf or NaN, the first
+  const bool any = begin + threadIdx.x < end;
+  each([&](float logit, int index) {
+    if (logit > high) high = logit, at = index;
   });
+  const Key mine = any ? key_of(high, at) : 0;
   highest[threadIdx.x] = mine;
   if (threadIdx.x == 0) found = 0, floor_key = 0;
-  lse = block_join(lse, lse_of_warp);  // and a barrier
-  if (mine != 0 && rank_of(mine, highest, kThreads) == k - 1) floor_key = mine;
+  const float max = block_max(high, max_of_warp);  // and a barrier
+  if (any && rank_of(mine, highest, kThreads) == k - 1) floor_key = mine;
   __syncthreads();
-  const Key least = max(floor_key, Key{1});  // with fewer than k threads at work every element is a candidate
-  each([&](Key key) {
-    if (key >= least) candidates[atomicAdd(&found, 1)] = key;
+  const Key least = ::max(floor_key, Key{1});  // with fewer than k threads at work every element is a candidate
+  const float low = least == 1 ? -INFINITY : logit_of(least);
+  float sum = 0.f;
+  each([&](float logit, int index) {
+    sum += logit > -INFINITY ? __expf(logit - max) : 0.f;
+    if (!(logit < low) && key_of(logit, index) >= least) candidates[atomicAdd(&found, 1)] = key_of(logit, index);
   });
-  __syncthreads();
+  sum = block_sum(sum, sum_of_warp);  // and a barrier
   Key* out = part_keys + (static_cast<int64_t>(row) * parts + part) * k;
   for (int i = threadIdx.x; i < k; i += kThreads)
     if (i >= found) out[i] = 0;
@@ -111,7 +117,7 @@ __global__ void part_kernel(const T* logits, int64_t stride, int vocab, int part
     const int rank = rank_of(candidates[i], candidates, found);
     if (rank < k) out[rank] = candidates[i];
   }
-  if (threadIdx.x == 0) part_lse[row * parts + part] = {lse.max, lse.sum};
+  if (threadIdx.x == 0) part_lse[row * parts + part] = {max, sum};
 }
 
 __global__ void join_kernel(const Key* part_keys, const float2* part_lse, int parts, int k, float* values,

@@ -2,7 +2,7 @@
 // keys and values into the cache, as they are at hand.
 //
 // In a tree a node sees its ancestors only, at most its depth of them: a dense masked product would do mostly nothing.
-// One warp a query head and token visits the set bits of its mask's row.
+// One warp a token and few query heads of one key's visits the set bits of the token's row of the mask.
 #include "common.cuh"
 
 namespace dflash {
@@ -16,29 +16,53 @@ struct alignas(sizeof(T) * kPerLane < 16 ? sizeof(T) * kPerLane : 16) Part {
 
 constexpr int kAtOnce = 4;  // ancestors whose rows are on their way together: a node's few are all latency
 
-template <typename T, int kPerLane>  // head size = 32 * kPerLane
+// Adds each of x up over the warp's lanes; lane l gets the sum of x[l / (32 / N)]. At N - 1 + log2(32 / N) shuffles.
+template <int N>
+__device__ float warp_sums(float (&x)[N], int lane) {
+  int step = kWarp / 2;
+#pragma unroll
+  for (int half = N / 2; half > 0; half /= 2, step /= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float given = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
+      x[i] = kept + __shfl_xor_sync(kAll, given, step);
+    }
+  }
+  for (; step > 0; step /= 2) x[0] += __shfl_xor_sync(kAll, x[0], step);
+  return x[0];
+}
+
+template <typename T, int kPerLane, int kHeads>  // head size = 32 * kPerLane; a warp's query heads share their key
 __global__ void window_kernel(const T* q, const T* keys, const T* values, int64_t q_stride, int64_t k_stride,
                               int64_t v_stride, const bool* mask, const float* prefix_lse, T* out, T* key_cache,
                               T* value_cache, const int64_t* slots, int bs, int w, int heads, int group, float scale,
                               float softcap) {
   using Row = Part<T, kPerLane>;
-  constexpr int kHead = kWarp * kPerLane;
+  constexpr int kHead = kWarp * kPerLane, kLanes = kWarp / (kAtOnce * kHeads);
   const int unit = blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  if (unit >= bs * w * heads) return;
-  const int head = unit % heads, token = unit / heads, request = token / w, node = token % w;
+  const int units = heads / kHeads;  // of a token
+  if (unit >= bs * w * units) return;
+  const int head = unit % units * kHeads, token = unit / units, request = token / w, node = token % w;
   auto part = [&](const T* row) { return reinterpret_cast<const Row*>(row)[lane]; };
 
-  const Row own = part(q + token * q_stride + head * kHead);
-  float query[kPerLane], sum[kPerLane];
-  for (int i = 0; i < kPerLane; ++i) query[i] = to_float(own.raw[i]) * scale;
+  // A score is of an ancestor j and a head h; kLanes lanes hold score (j, h), so that lanes of one h differ in the top bits.
+  const int own_j = lane / kLanes / kHeads, own_h = lane / kLanes % kHeads;
+  auto lane_of = [&](int j, int h) { return (j * kHeads + h) * kLanes; };
 
   // Begin with the prefix: its softmax sum, relative to its own maximum, is 1 at this log-sum-exp.
   T* result = out + (static_cast<int64_t>(token) * heads + head) * kHead;
-  const Row prefix = part(result);
-  float max = prefix_lse[(static_cast<int64_t>(request) * heads + head) * w + node], total = 1.f;
-  const bool any = max > -INFINITY;  // without a prefix what stands in `out` is no number
-  if (!any) max = -INFINITY, total = 0.f;
-  for (int i = 0; i < kPerLane; ++i) sum[i] = any ? to_float(prefix.raw[i]) : 0.f;
+  float query[kHeads][kPerLane], sum[kHeads][kPerLane];
+  float max = prefix_lse[(static_cast<int64_t>(request) * heads + head + own_h) * w + node];
+  if (!(max > -INFINITY)) max = -INFINITY;  // without a prefix what stands in `out` is no number
+  float total = max > -INFINITY ? 1.f : 0.f;
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    const Row own = part(q + token * q_stride + (head + h) * kHead), prefix = part(result + h * kHead);
+    const bool any = __shfl_sync(kAll, total, lane_of(0, h)) > 0.f;
+    for (int i = 0; i < kPerLane; ++i) query[h][i] = to_float(own.raw[i]) * scale;
+    for (int i = 0; i < kPerLane; ++i) sum[h][i] = any ? to_float(prefix.raw[i]) : 0.f;
+  }
 
   const bool* row = mask + (static_cast<int64_t>(request) * w + node) * w;
   const T* first_key = keys + static_cast<int64_t>(request) * w * k_stride + head / group * kHead;
@@ -52,39 +76,62 @@ __global__ void window_kernel(const T* q, const T* keys, const T* values, int64_
     unsigned seen = __ballot_sync(kAll, base + lane < w && row[base + lane]);
     while (seen) {
       Row key[kAtOnce], value[kAtOnce];
-      bool there[kAtOnce];
+      bool there = false;
       int other = 0;
+#pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        there[j] = seen != 0;
-        if (there[j]) other = base + __ffs(seen) - 1;  // else the last one again, to be left out below
+        if (seen) other = base + __ffs(seen) - 1;  // else the last one again, to be left out below
+        if (j == own_j) there = seen != 0;
         seen &= seen - 1;
         key[j] = part(first_key + other * k_stride);
         value[j] = part(first_value + other * v_stride);
       }
-      float score[kAtOnce], higher = max;
-      for (int j = 0; j < kAtOnce; ++j) {
-        score[j] = 0.f;
-        for (int i = 0; i < kPerLane; ++i) score[j] += query[i] * to_float(key[j].raw[i]);
-      }
-      for (int j = 0; j < kAtOnce; ++j) {
-        score[j] = warp_sum(score[j]);
-        if (softcap > 0.f) score[j] = softcap * tanhf(score[j] / softcap);
-        if (there[j]) higher = fmaxf(higher, score[j]);
-      }
-      const float keep = __expf(max - higher);
-      total *= keep;
-      for (int i = 0; i < kPerLane; ++i) sum[i] *= keep;
-      for (int j = 0; j < kAtOnce; ++j) {
-        const float add = there[j] ? __expf(score[j] - higher) : 0.f;
-        total += add;
-        for (int i = 0; i < kPerLane; ++i) sum[i] += add * to_float(value[j].raw[i]);
-      }
+      float scores[kAtOnce * kHeads];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) {
+          float& score = scores[j * kHeads + h] = 0.f;
+          for (int i = 0; i < kPerLane; ++i) score += query[h][i] * to_float(key[j].raw[i]);
+        }
+      float score = warp_sums(scores, lane);
+      if (softcap > 0.f) score = softcap * tanhf(score / softcap);
+      float higher = there ? score : -INFINITY;
+      for (int step = kWarp / 2; step >= kWarp / kAtOnce; step /= 2)
+        higher = fmaxf(higher, __shfl_xor_sync(kAll, higher, step));
+      higher = fmaxf(higher, max);
+      const float keep = __expf(max - higher), add = there ? __expf(score - higher) : 0.f;
       max = higher;
+      float added = add;
+      for (int step = kWarp / 2; step >= kWarp / kAtOnce; step /= 2) added += __shfl_xor_sync(kAll, added, step);
+      total = total * keep + added;
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        const float keep_h = __shfl_sync(kAll, keep, lane_of(0, h));
+        for (int i = 0; i < kPerLane; ++i) sum[h][i] *= keep_h;
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const float weight = __shfl_sync(kAll, add, lane_of(j, h));
+          for (int i = 0; i < kPerLane; ++i) sum[h][i] += weight * to_float(value[j].raw[i]);
+        }
+      }
     }
   }
-  Row done;
-  for (int i = 0; i < kPerLane; ++i) done.raw[i] = from_float<T>(sum[i] / total);
-  reinterpret_cast<Row*>(result)[lane] = done;
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    const float share = 1.f / __shfl_sync(kAll, total, lane_of(0, h));
+    Row done;
+    for (int i = 0; i < kPerLane; ++i) done.raw[i] = from_float<T>(sum[h][i] * share);
+    reinterpret_cast<Row*>(result + h * kHead)[lane] = done;
+  }
+}
+
+// The kernel of a head size, and the heads its warps take together.
+template <typename T, int kPerLane>
+auto kernel_of(int heads_at_once) {
+  return heads_at_once == 4   ? window_kernel<T, kPerLane, 4>
+         : heads_at_once == 2 ? window_kernel<T, kPerLane, 2>
+                              : window_kernel<T, kPerLane, 1>;
 }
 
 template <typename T>
@@ -103,16 +150,20 @@ void run(TensorView q, TensorView k, TensorView v, TensorView mask, TensorView p
   for (const TensorView* t : {&q, &k, &v, &out, &key_cache, &value_cache})
     TVM_FFI_ICHECK(reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == 0 && t->stride(0) * sizeof(T) % 16 == 0)
         << "queries, keys, values and output begin at whole 16 bytes";
-  const auto kernel = size == 64 ? window_kernel<T, 2> : size == 128 ? window_kernel<T, 4> : window_kernel<T, 8>;
+  const int group = heads / kv_heads, at_once = group % 4 == 0 ? 4 : group % 2 == 0 ? 2 : 1;
+  const auto kernel = size == 64    ? kernel_of<T, 2>(at_once)
+                      : size == 128 ? kernel_of<T, 4>(at_once)
+                                    : kernel_of<T, 8>(at_once);
+  const int64_t units = tokens * heads / at_once;
   TVM_FFI_ICHECK(size == 64 || size == 128 || size == 256) << "head size " << size << " is not 64, 128 or 256";
-  launch(kernel, dim3((tokens * heads + kWarpsPerBlock - 1) / kWarpsPerBlock), kWarpsPerBlock * kWarp, 0, stream_of(q),
+  launch(kernel, dim3((units + kWarpsPerBlock - 1) / kWarpsPerBlock), kWarpsPerBlock * kWarp, 0, stream_of(q),
          static_cast<const T*>(q.data_ptr()), static_cast<const T*>(k.data_ptr()), static_cast<const T*>(v.data_ptr()),
          q.stride(0), k.stride(0), v.stride(0), data<bool>(mask, "mask", {bs, w, w}),
          data<float>(prefix_lse, "prefix_lse", {bs, heads, w}), data<T>(out, "out", {tokens, heads, size}),
          data<T>(key_cache, "key_cache", {room, kv_heads, size}),
          data<T>(value_cache, "value_cache", {room, kv_heads, size}),
-         slots.has_value() ? data<int64_t>(slots.value(), "slots", {tokens}) : nullptr, bs, w, heads, heads / kv_heads,
-         scale, softcap);
+         slots.has_value() ? data<int64_t>(slots.value(), "slots", {tokens}) : nullptr, bs, w, heads, group, scale,
+         softcap);
 }
 
 void window_attention(TensorView q, TensorView k, TensorView v, TensorView mask, TensorView prefix_lse, TensorView out,

@@ -24,6 +24,7 @@ AHEAD = PACKAGE / "kernels" / "ops.so"
 NAME = "sglang_dflash_ops"
 ARCHITECTURES = "8.0 8.9 9.0 10.0 12.0"  # compute capabilities that a library compiled ahead holds
 BLOCKS = 264  # of a launch that fills a large GPU twice over
+PART = 4096, 32_768  # logits of a row that a block looks at: more do not pay, longer parts leave no room for other blocks
 
 
 def sources() -> list[Path]:
@@ -55,7 +56,8 @@ def build_ahead() -> None:
 
 def topk_lse(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, vocab = logits.shape
-    parts = max(1, min(BLOCKS // rows, vocab // 4096))
+    shortest, longest = PART
+    parts = max(1, min(BLOCKS // rows, vocab // shortest), -(-vocab // longest))
     values = logits.new_empty(rows, k, dtype=torch.float32)
     indices = logits.new_empty(rows, k, dtype=torch.int64)
     lse = logits.new_empty(rows, dtype=torch.float32)

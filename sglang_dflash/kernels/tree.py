@@ -37,11 +37,13 @@ def grow(
     root first, and the ancestor mask [bs, n+1, n+1] bool.
 
     The order is total: higher path log-probability first, then lower depth, then lower parent (its node
-    index), then lower rank (the candidate's place k in tokens[b, depth-1, k]).
+    index), then the parent's own order of its candidates: higher log-probability, lower rank (place k in
+    tokens[b, depth-1, k]).
     """
     bs, d, k = tokens.shape
     widths = _kept_widths(d, k, n)
     total = 1 + sum(widths)
+    logp, ranks = logp.sort(dim=-1, descending=True, stable=True)
 
     # All kept nodes stand in one row, depth after depth, the root first. A node's code packs (depth, parent's
     # place in that row, rank).
@@ -49,15 +51,14 @@ def grow(
     costs, codes = [cost], [rank]
     first_parent = 0
     for depth, width in enumerate(widths, start=1):
-        step = logp[:, depth - 1]
-        if step.shape[1] > 1:
-            step = step.gather(1, rank[..., None].expand(-1, -1, k))
-        extended = (cost[..., None] - step).flatten(1)
+        before = (rank if logp.shape[2] > 1 else torch.zeros_like(rank))[..., None].expand(-1, -1, k)
+        extended = (cost[..., None] - logp[:, depth - 1].gather(1, before)).flatten(1)
         best = _smallest(extended, width)
+        rank = ranks[:, depth - 1].gather(1, before).flatten(1).gather(1, best)
+        codes.append((depth * total + first_parent + best // k) * k + rank)
         costs.append(extended.gather(1, best))
-        codes.append(best + (depth * total + first_parent) * k)
         first_parent += cost.shape[1]
-        cost, rank = costs[-1], best % k
+        cost = costs[-1]
 
     every_cost = torch.cat(costs, 1)
     chosen = _smallest(every_cost, n + 1)

@@ -130,7 +130,8 @@ def test_open_window(bs: int, w: int, block: int) -> None:
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(
-    ("w", "heads", "kv_heads", "size"), [(1, 4, 4, 64), (5, 9, 3, 64), (40, 4, 1, 128), (3, 2, 2, 256)]
+    ("w", "heads", "kv_heads", "size"),
+    [(1, 4, 4, 64), (5, 9, 3, 64), (40, 4, 1, 128), (3, 2, 2, 256), (7, 8, 1, 64), (9, 12, 2, 64), (6, 2, 1, 128)],
 )
 def test_window_attention(dtype: torch.dtype, w: int, heads: int, kv_heads: int, size: int) -> None:
     bs, scale = 3, size**-0.5

@@ -59,12 +59,12 @@ def grow_by_heap(lattice: Lattice, b: int, bonus: int, n: int) -> dict[str, list
     def open_children(node: int) -> None:
         if len(paths[node]) < d:
             for rank in range(k):
-                logp = tree["logp"][node] + step_logp(lattice, b, paths[node], rank)
-                heapq.heappush(heap, (-logp, len(paths[node]) + 1, node, rank))
+                step = step_logp(lattice, b, paths[node], rank)
+                heapq.heappush(heap, (-(tree["logp"][node] + step), len(paths[node]) + 1, node, -step, rank))
 
     open_children(0)
     for _ in range(n):
-        cost, depth, parent, rank = heapq.heappop(heap)
+        cost, depth, parent, _, rank = heapq.heappop(heap)
         paths.append((*paths[parent], rank))
         tree["tokens"].append(int(lattice.tokens[b, depth - 1, rank]))
         tree["parents"].append(parent)
@@ -77,11 +77,11 @@ def grow_by_heap(lattice: Lattice, b: int, bonus: int, n: int) -> dict[str, list
 def best_paths(lattice: Lattice, b: int, n: int) -> list[tuple[int, ...]]:
     """The n first of all paths (as ranks): every path written down, sorted by the order grow promises."""
     _, d, k = lattice.tokens.shape
-    keys: dict[tuple[int, ...], tuple] = {(): (np.float32(0), 0, (), 0)}
+    keys: dict[tuple[int, ...], tuple] = {(): (np.float32(0), 0, (), np.float32(0), 0)}
     for depth in range(1, d + 1):
         for path in itertools.product(range(k), repeat=depth):
-            parent = keys[path[:-1]]
-            keys[path] = (parent[0] - step_logp(lattice, b, path[:-1], path[-1]), depth, parent, path[-1])
+            parent, step = keys[path[:-1]], step_logp(lattice, b, path[:-1], path[-1])
+            keys[path] = (parent[0] - step, depth, parent, -step, path[-1])
     del keys[()]
     return sorted(keys, key=keys.__getitem__)[:n]
 
