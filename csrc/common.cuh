@@ -62,6 +62,7 @@ inline cudaStream_t stream_of(const TensorView& tensor) {
 
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t stream, Args... args) {
+  shared = (shared + 15) / 16 * 16;  // loops are unrolled to whole vectors, which read up to there
   if (shared > 48 * 1024) {
     TVM_FFI_ICHECK_EQ(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), cudaSuccess)
         << "needs " << shared << " bytes of shared memory, more than this device has";

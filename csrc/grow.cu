@@ -1,5 +1,5 @@
-// The n most probable paths of each request's lattice, best first. One block a request: all of it sorts the lattice's rows,
-// its first warp pops.
+// The n most probable paths of each request's lattice, best first. One block a request: all of it sorts the lattice's
+// rows, its first warp pops.
 //
 // Every node of the tree so far offers its best child that is not in the tree; the best offer is the next node. A child
 // is never more probable than its parent or than the sibling offered before it, so the nodes come out in the total
@@ -66,11 +66,12 @@ __global__ void grow_kernel(const int64_t* tokens, const float* logp, const int6
   if (threadIdx.x < kWarp) {
     Node nodes[kSlots];
     auto open = [&](int node, float cost, int parent, int level, int taken) {
-      if (lane < kSlots) above[node][lane] = (node ? above[parent][lane] : 0u) | (node / kWarp == lane ? 1u << node % kWarp : 0u);
+      const unsigned itself = node / kWarp == lane ? 1u << node % kWarp : 0u;
+      if (lane < kSlots) above[node][lane] = (node ? above[parent][lane] : 0u) | itself;
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) {
         if (node != s * kWarp + lane) continue;
-        const int row = (level * kp + (kp > 1 ? taken : 0)) * k;  // its children: by their depth, and its rank if that matters
+        const int row = (level * kp + (kp > 1 ? taken : 0)) * k;  // of its children
         nodes[s] = {cost, parent, level, taken, row, level < d ? row + k : row};
         nodes[s].set_offer(lattice, ranks);
       }

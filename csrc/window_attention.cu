@@ -14,6 +14,7 @@ struct alignas(sizeof(T) * kPerLane < 16 ? sizeof(T) * kPerLane : 16) Part {
   T raw[kPerLane];
 };
 
+constexpr int kFullLaunch = 4096;  // warps that keep a large GPU busy
 constexpr int kAtOnce = 4;  // ancestors whose rows are on their way together: a node's few are all latency
 
 // Adds each of x up over the warp's lanes; lane l gets the sum of x[l / (32 / N)]. At N - 1 + log2(32 / N) shuffles.
@@ -46,7 +47,7 @@ __global__ void window_kernel(const T* q, const T* keys, const T* values, int64_
   const int head = unit % units * kHeads, token = unit / units, request = token / w, node = token % w;
   auto part = [&](const T* row) { return reinterpret_cast<const Row*>(row)[lane]; };
 
-  // A score is of an ancestor j and a head h; kLanes lanes hold score (j, h), so that lanes of one h differ in the top bits.
+  // A score is of an ancestor j and a head h. kLanes lanes hold score (j, h): those of one h differ in the top bits.
   const int own_j = lane / kLanes / kHeads, own_h = lane / kLanes % kHeads;
   auto lane_of = [&](int j, int h) { return (j * kHeads + h) * kLanes; };
 
@@ -150,7 +151,10 @@ void run(TensorView q, TensorView k, TensorView v, TensorView mask, TensorView p
   for (const TensorView* t : {&q, &k, &v, &out, &key_cache, &value_cache})
     TVM_FFI_ICHECK(reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == 0 && t->stride(0) * sizeof(T) % 16 == 0)
         << "queries, keys, values and output begin at whole 16 bytes";
-  const int group = heads / kv_heads, at_once = group % 4 == 0 ? 4 : group % 2 == 0 ? 2 : 1;
+  // Heads that share a warp share its loads; few tokens rather need many warps.
+  const int group = heads / kv_heads;
+  int at_once = group % 4 == 0 ? 4 : group % 2 == 0 ? 2 : 1;
+  while (at_once > 1 && tokens * heads / at_once < kFullLaunch) at_once /= 2;
   const auto kernel = size == 64    ? kernel_of<T, 2>(at_once)
                       : size == 128 ? kernel_of<T, 4>(at_once)
                                     : kernel_of<T, 8>(at_once);

@@ -123,6 +123,8 @@ def step_ms(streams: list[Stream]) -> float:
     for stream in streams:
         within = [(t, n) for t, n in zip(stream.times, stream.steps, strict=True) if begin <= t <= end]
         (first, steps_before), (last, steps) = within[0], within[-1]
+        if steps == steps_before:
+            raise RuntimeError(f"of {len(streams)} requests some had ended before others began: give more KV cache")
         lengths.append(1000 * (last - first) / (steps - steps_before))
     return round(median(lengths), 3)
 

@@ -87,8 +87,13 @@ class DraftRunner:
         return self._tree(result.logits_output.hidden_states, tokens.flatten())
 
     def _capture_tree(self, _: Any, output: Any, forward_batch: Any, num_tokens: int) -> None:
-        """Called by SGLang at the end of a pass that it captures."""
-        self._captured[forward_batch.batch_size] = self._tree(output.hidden_states, forward_batch.input_ids)
+        """Called by SGLang at the end of a pass that it captures, and of the two before it that warm up.
+
+        The tree is read after the verify pass, and all graphs share their memory: what a verify graph needs for a
+        while may lie where a draft graph left its outputs. So the first pass's tree, which no graph owns, takes it.
+        """
+        tree = self._tree(output.hidden_states, forward_batch.input_ids)
+        self._captured.setdefault(forward_batch.batch_size, tree).take(tree)
 
     def _tree(self, hidden: Tensor, input_ids: Tensor) -> DraftTree:
         """From the pass's hidden [bs * block, H] and input_ids [bs * block]."""

@@ -24,7 +24,7 @@ AHEAD = PACKAGE / "kernels" / "ops.so"
 NAME = "sglang_dflash_ops"
 ARCHITECTURES = "8.0 8.9 9.0 10.0 12.0"  # compute capabilities that a library compiled ahead holds
 BLOCKS = 264  # of a launch that fills a large GPU twice over
-PART = 4096, 32_768  # logits of a row that a block looks at: more do not pay, longer parts leave no room for other blocks
+PART = 4096, 32_768  # logits of a row that a block looks at: shorter ones do not pay, longer ones fill shared memory
 
 
 def sources() -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +71,9 @@ class Training:
                 layer.compile(dynamic=False)
 
     def begin_with(self, path: Path) -> None:
-        """Take a saved draft's weights to begin with. Raises ValueError where it has another shape."""
+        """Take a saved draft's weights to begin with, causal or not. Raises ValueError where it has another shape."""
         given = drafts.load(path, self.target.config)
-        if given.shape != self.draft.shape:
+        if replace(given.shape, causal=self.draft.shape.causal) != self.draft.shape:
             raise ValueError(f"{path} is a draft of {given.shape}: ask for that shape, not {self.draft.shape}")
         self.draft.load_state_dict(given.state_dict())
         self.average = {k: v.detach().clone() for k, v in self.draft.state_dict().items()}

@@ -32,9 +32,16 @@ class DraftTree:
 
     def first(self, bs: int) -> DraftTree:
         """The trees of the first bs requests."""
-        return DraftTree(
-            self.tokens[:bs], self.parents[:bs], self.depths[:bs], self.mask[:bs], self.logp[:bs], self.max_depth
-        )
+        tokens, parents, depths, mask, logp = (x[:bs] for x in self._tensors())
+        return DraftTree(tokens, parents, depths, mask, logp, self.max_depth)
+
+    def take(self, other: DraftTree) -> None:
+        """Become a copy of another batch's trees, of the same shape."""
+        for mine, given in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(given)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.tokens, self.parents, self.depths, self.mask, self.logp
 
     @classmethod
     def root(cls, bonus_tokens: Tensor) -> DraftTree:

@@ -14,8 +14,9 @@ def grow(lattice: Lattice, bonus_tokens: Tensor, n: int) -> DraftTree:
     """The tree of the lattice's n most probable paths under bonus_tokens [bs] int64; n = 0 is the root alone.
 
     Exact, since a child is never more probable than its parent. Ties: lower depth first, then lower parent
-    (node index), then higher conditional log-probability, then lower rank (place among the position's K candidates). Best-first trees over a
-    block-diffusion draft are DDTree's (arXiv 2604.12989); here they follow transitions as well.
+    (node index), then higher conditional log-probability, then lower rank (place among the position's K
+    candidates). Best-first trees over a block-diffusion draft are DDTree's (arXiv 2604.12989); here they follow
+    transitions as well.
 
     Raises ValueError if n is negative or the lattice holds fewer than n nodes.
     """

@@ -21,6 +21,9 @@ PROMPTS, TOKENS = 32, 96
 FACTOR = 2.0
 BF16 = ("--dtype", "bfloat16")
 
+TopTwo = list[tuple[float, int, str | None]]
+"""(log-probability, token, text) of the two likeliest tokens."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -39,8 +42,8 @@ CASES = {
 
 @dataclass(frozen=True)
 class Truth:
-    """Plain decoding's answers to one prompt at a time, and how far its batch size moves the gap of its two likeliest
-    tokens, at most."""
+    """Plain decoding's answers to one prompt at a time, and how far the width of its passes moves the gap of its two
+    likeliest tokens, at most."""
 
     answers: list[Body]
     noise: float
@@ -59,7 +62,15 @@ def truth(serve: Serve, bodies: list[Body]) -> Truth:
         alone = generate(url, asked, 1)
         httpx.post(f"{url}/flush_cache").raise_for_status()
         together = generate(url, asked, PROMPTS)
-    return Truth(alone, max(map(moved, alone, together)))
+        read = generate(url, [whole(body, answer) for body, answer in zip(asked, alone, strict=True)], 1)
+    return Truth(alone, max(*map(moved, alone, together), *map(moved, alone, read)))
+
+
+def whole(body: Body, answer: Body) -> Body:
+    """Asks for what one wide pass says of an answer."""
+    ids, tokens = body["input_ids"], answer["output_ids"]
+    one = {"temperature": 0, "max_new_tokens": 1}
+    return {**body, "input_ids": ids + tokens, "logprob_start_len": len(ids) - 1, "sampling_params": one}
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
@@ -76,6 +87,7 @@ def server(case: Case, serve: Serve, truth: Truth) -> Iterator[str]:
 def test_noise_is_small_beside_what_a_token_is_decided_by(truth: Truth) -> None:
     """Else the tests here could not fail."""
     gaps = torch.tensor([gap(answer, at) for answer in truth.answers for at in range(length(answer))])
+    assert truth.noise > 0
     assert (gaps < FACTOR * truth.noise).float().mean() < 0.5, f"noise {truth.noise:.3f}"
 
 
@@ -126,14 +138,22 @@ def beyond_noise(answers: list[Body], truth: Truth) -> list[str]:
     return wrong
 
 
-def moved(alone: Body, together: Body) -> float:
-    """How far the gap of alone's two likeliest tokens moves, at most, as long as the same tokens were before."""
+def top_twos(answer: Body) -> list[TopTwo]:
+    """The two likeliest tokens at each place of an answer, or of one that was read."""
+    meta = answer["meta_info"]
+    read = [place[:2] for place in meta.get("input_top_logprobs") or [] if place]
+    return read or [place[:2] for place in meta["output_top_logprobs"]]
+
+
+def moved(alone: Body, other: Body) -> float:
+    """How far the gap of alone's two likeliest tokens moves, at most, where the same two are the likeliest."""
     furthest = 0.0
-    for at in range(min(parting(alone, together) + 1, length(alone), length(together))):
-        (first, one, _), (second, other, _) = top_two(alone, at)
-        logprobs = {token: logprob for logprob, token, _ in top_two(together, at)}
-        if one in logprobs and other in logprobs:
-            furthest = max(furthest, abs(first - second - (logprobs[one] - logprobs[other])))
+    for (one, two), (first, second) in zip(top_twos(alone), top_twos(other), strict=False):
+        logprobs = {token: logprob for logprob, token, _ in (first, second)}
+        if {one[1], two[1]} == logprobs.keys():
+            furthest = max(furthest, abs(one[0] - two[0] - (logprobs[one[1]] - logprobs[two[1]])))
+        if first[1] != one[1]:
+            break  # what follows may follow another token
     return furthest
 
 
@@ -147,11 +167,6 @@ def length(answer: Body) -> int:
     return len(answer["output_ids"])
 
 
-def top_two(answer: Body, at: int) -> list[tuple[float, int, str | None]]:
-    """The two likeliest tokens there, as (log-probability, token, text)."""
-    return answer["meta_info"]["output_top_logprobs"][at][:2]
-
-
 def gap(answer: Body, at: int) -> float:
-    (first, *_), (second, *_) = top_two(answer, at)
+    (first, *_), (second, *_) = top_twos(answer)[at]
     return first - second
