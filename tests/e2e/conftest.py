@@ -42,7 +42,7 @@ def serve(pair: embedded.Pair) -> Serve:
     def run(*args: str, env: dict[str, str] | None = None) -> Iterator[str]:
         base = ["--model-path", str(pair.target), "--log-level", "warning"]
         if ON_GPU:
-            base += ["--mem-fraction-static", "0.3"]  # of a GPU that others may be using too
+            base += ["--mem-fraction-static", "0.8", "--max-total-tokens", "65536"]  # others may start meanwhile
         if ON_GPU and "--dtype" not in args:
             base += ["--dtype", "float32"]
             if "--speculative-algorithm" not in args:  # SGLang's own kernels are made for 16 bits
