@@ -62,7 +62,7 @@ def planted(what: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Plain:
-    """Greedy answers without speculation: to 64 short and 16 long prompts, and to one prompt in many settings."""
+    """Greedy answers without speculation: to 48 short and 8 long prompts, and to one prompt in many settings."""
 
     short: list[Body]
     long: list[Body]

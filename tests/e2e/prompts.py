@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sglang_dflash.cli.load import chat_ids, gsm8k
 
-SHORT, LONG = 64, 16
+SHORT, LONG = 48, 8
 
 
 def chats(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
