@@ -150,18 +150,19 @@ def bench(
 def _measure(
     rows: list[Row], groups: list[list[Server]], plan: Plan, write: Callable[[], None], console: Console
 ) -> None:
-    """Fill the rows' rounds, and write after each setting. The servers of a group run at once and take turns."""
+    """Fill the rows' rounds, and write after each of them. The servers of a group run at once and take turns."""
     for group in groups:
         with ExitStack() as stack:
             urls = _start(group, stack, console)
             here = [row for row in rows if row.server in group]
             for setting in dict.fromkeys((row.temperature, row.concurrency) for row in here):
                 turn = [row for row in here if (row.temperature, row.concurrency) == setting]
-                _take_turns(turn, urls, plan, console)
-                write()
+                _take_turns(turn, urls, plan, write, console)
 
 
-def _take_turns(rows: list[Row], urls: dict[str, str], plan: Plan, console: Console) -> None:
+def _take_turns(
+    rows: list[Row], urls: dict[str, str], plan: Plan, write: Callable[[], None], console: Console
+) -> None:
     """All rounds of one concurrency and temperature: the first of every server, the second of every server, …"""
     with console.status("") as status:
         for row in rows:
@@ -173,6 +174,7 @@ def _take_turns(rows: list[Row], urls: dict[str, str], plan: Plan, console: Cons
                 name = f"{row.server.label}, {row.concurrency} at once, temperature {row.temperature:g}"
                 status.update(f"{name}: round {i + 1} of {plan.rounds}")
                 row.rounds.append(plan.ask(urls[row.server.label], row))
+            write()
 
 
 def _start(group: list[Server], stack: ExitStack, console: Console) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,15 @@ def test_training_learns_resumes_and_saves(target: Target, make_answers: Make, t
         torch.manual_seed(1)
         losses.append([run.advance(batch).item() for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_training_begins_with_a_saved_draft_causal_or_not(target: Target, tmp_path: Path) -> None:
+    saved = Draft(SHAPE, target.config)
+    draft.save(saved, saved.state_dict(), tmp_path / "draft", torch.float32)
+    training = Training(target, replace(SHAPE, causal=not SHAPE.causal), Recipe(steps=1), tmp_path)
+    training.begin_with(tmp_path / "draft")
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(training.draft.state_dict()[name], tensor) and torch.equal(training.average[name], tensor)
+    other = Training(target, replace(SHAPE, layers=1), Recipe(steps=1), tmp_path)
+    with pytest.raises(ValueError, match=r"layers=2.*not DraftShape\(layers=1"):
+        other.begin_with(tmp_path / "draft")
