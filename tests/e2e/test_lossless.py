@@ -27,30 +27,30 @@ class Case:
 
     args: str
     concurrency: int
-    short: int = 32
-    long: int = 8
+    short: int = 24
+    long: int = 4
     kind: tuple[int | None, int] | None = None
 
 
 CASES = {
-    "tree 15": Case("--speculative-num-draft-tokens 15 --speculative-num-steps 8", 16, short=48, kind=(15, 8)),
+    "tree 15": Case("--speculative-num-draft-tokens 15 --speculative-num-steps 8", 16, short=48, long=8, kind=(15, 8)),
     "tree 3, paged, no overlap": Case(
         "--speculative-num-draft-tokens 3 --page-size 16 --disable-overlap-schedule", 32, kind=(3, 3)
     ),
     "tree 63, no radix": Case("--speculative-num-draft-tokens 63 --disable-radix-cache", 8, short=16, long=2),
     "chain, paged, no radix": Case(
         "--speculative-num-draft-tokens 7 --speculative-eagle-topk 1 --page-size 16 --disable-radix-cache",
-        4, short=24, long=4, kind=(None, 7),
+        4, short=16, kind=(None, 7),
     ),
     "nothing drafted, mixed chunks": Case(
-        "--speculative-num-draft-tokens 0 --chunked-prefill-size 256 --enable-mixed-chunk", 32, short=24, long=4
+        "--speculative-num-draft-tokens 0 --chunked-prefill-size 256 --enable-mixed-chunk", 32, short=12, long=4
     ),
     "tree 7, mixed chunks, paged": Case(
         "--speculative-num-draft-tokens 7 --chunked-prefill-size 256 --enable-mixed-chunk --page-size 16",
         16, kind=(7, 7),
     ),
     "tree 31, alone": Case(
-        "--speculative-num-draft-tokens 31 --speculative-num-steps 9", 1, short=8, long=2, kind=(31, 9)
+        "--speculative-num-draft-tokens 31 --speculative-num-steps 9", 1, short=8, long=1, kind=(31, 9)
     ),
 }  # fmt: skip
 

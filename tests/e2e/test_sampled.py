@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from sglang_dflash import embedded
 from sglang_dflash.cli.load import chat_ids
 
-SAMPLES, FEW_SAMPLES, LENGTH = 2400, 1000, 4
+SAMPLES, FEW_SAMPLES, LENGTH = 1600, 1000, 4
 AT_ONCE = 40  # samples of one request
 QUESTION = "Tom has 3 boxes with 12 pencils each. How many pencils does he have?"
 
@@ -52,7 +52,7 @@ def exact(pair: embedded.Pair, prompt: list[int]) -> dict[tuple[int, ...], float
 def test_first_tokens_are_distributed_as_the_target_says(
     args: str, buggy: bool, samples: int, serve: Serve, prompt: list[int], exact: dict[tuple[int, ...], float]
 ) -> None:
-    assert len(exact) >= 24
+    assert len(exact) >= 16
     assert sum(exact.values()) > 0.5
     env = planted("prefer the draft") if buggy else None
     params = {"temperature": 1.0, "max_new_tokens": LENGTH, "ignore_eos": True, "n": AT_ONCE}

@@ -11,12 +11,12 @@ import httpx
 from client import Body
 from conftest import ON_GPU, Plain, Serve
 
-REQUESTS = 500
+REQUESTS = 300
 POOL = 2048  # tokens; the requests running at once want more
 PATIENCE = (0.1, 0.3) if ON_GPU else (0.5, 2.0)  # seconds that a client which leaves waits, at least and beyond that
 
 
-def test_five_hundred_mixed_requests(serve: Serve, plain: Plain, short_bodies: list[Body]) -> None:
+def test_three_hundred_mixed_requests(serve: Serve, plain: Plain, short_bodies: list[Body]) -> None:
     with serve(
         "--speculative-algorithm", "DFLASH", "--speculative-num-draft-tokens", "3", "--page-size", "16",
         "--max-total-tokens", str(POOL), "--max-running-requests", "24", "--schedule-conservativeness", "0.01",
