@@ -14,7 +14,6 @@ struct alignas(sizeof(T) * kPerLane < 16 ? sizeof(T) * kPerLane : 16) Part {
   T raw[kPerLane];
 };
 
-constexpr int kFullLaunch = 4096;  // warps that keep a large GPU busy
 constexpr int kAtOnce = 4;  // ancestors whose rows are on their way together: a node's few are all latency
 
 // Adds each of x up over the warp's lanes; lane l gets the sum of x[l / (32 / N)]. At N - 1 + log2(32 / N) shuffles.
@@ -137,7 +136,8 @@ auto kernel_of(int heads_at_once) {
 
 template <typename T>
 void run(TensorView q, TensorView k, TensorView v, TensorView mask, TensorView prefix_lse, TensorView out,
-         TensorView key_cache, TensorView value_cache, Optional<TensorView> slots, double scale, double softcap) {
+         TensorView key_cache, TensorView value_cache, Optional<TensorView> slots, double scale, double softcap,
+         int64_t at_once) {
   const int64_t tokens = q.size(0), heads = q.size(1), size = q.size(2), kv_heads = k.size(1);
   const int64_t bs = mask.size(0), w = mask.size(1);
   TVM_FFI_ICHECK_EQ(bs * w, tokens) << "the mask is of another window";
@@ -151,10 +151,9 @@ void run(TensorView q, TensorView k, TensorView v, TensorView mask, TensorView p
   for (const TensorView* t : {&q, &k, &v, &out, &key_cache, &value_cache})
     TVM_FFI_ICHECK(reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == 0 && t->stride(0) * sizeof(T) % 16 == 0)
         << "queries, keys, values and output begin at whole 16 bytes";
-  // Heads that share a warp share its loads; few tokens rather need many warps.
   const int group = heads / kv_heads;
-  int at_once = group % 4 == 0 ? 4 : group % 2 == 0 ? 2 : 1;
-  while (at_once > 1 && tokens * heads / at_once < kFullLaunch) at_once /= 2;
+  TVM_FFI_ICHECK((at_once == 1 || at_once == 2 || at_once == 4) && group % at_once == 0)
+      << "a warp takes 1, 2 or 4 of the " << group << " heads of a key, got " << at_once;
   const auto kernel = size == 64    ? kernel_of<T, 2>(at_once)
                       : size == 128 ? kernel_of<T, 4>(at_once)
                                     : kernel_of<T, 8>(at_once);
@@ -172,12 +171,12 @@ void run(TensorView q, TensorView k, TensorView v, TensorView mask, TensorView p
 
 void window_attention(TensorView q, TensorView k, TensorView v, TensorView mask, TensorView prefix_lse, TensorView out,
                       TensorView key_cache, TensorView value_cache, Optional<TensorView> slots, double scale,
-                      double softcap) {
+                      double softcap, int64_t at_once) {
   const DLDataType type = q.dtype();
   TVM_FFI_ICHECK_EQ(q.ndim(), 3);
   TVM_FFI_ICHECK_EQ(key_cache.ndim(), 3);
   auto run_as = [&](auto element) {
-    run<decltype(element)>(q, k, v, mask, prefix_lse, out, key_cache, value_cache, slots, scale, softcap);
+    run<decltype(element)>(q, k, v, mask, prefix_lse, out, key_cache, value_cache, slots, scale, softcap, at_once);
   };
   if (same_type(type, TypeOf<float>::value)) return run_as(float{});
   if (same_type(type, TypeOf<__half>::value)) return run_as(__half{});

@@ -24,6 +24,7 @@ AHEAD = PACKAGE / "kernels" / "ops.so"
 NAME = "sglang_dflash_ops"
 ARCHITECTURES = "8.0 8.9 9.0 10.0 12.0"  # compute capabilities that a library compiled ahead holds
 BLOCKS = 264  # of a launch that fills a large GPU twice over
+WARPS = 4096  # that keep a large GPU busy where each waits for memory
 PART = 4096, 32_768  # logits of a row that a block looks at: shorter ones do not pay, longer ones fill shared memory
 
 
@@ -162,7 +163,13 @@ def window_attention(
     scale: float,
     softcap: float,
 ) -> None:
-    library().window_attention(q, k, v, mask, prefix_lse, out, key_cache, value_cache, slots, scale, softcap)
+    # Query heads of one key that share a warp share its loads; few tokens rather need many warps.
+    (tokens, heads, _), at_once = q.shape, 4
+    while at_once > 1 and (heads // k.shape[1] % at_once or tokens * heads < WARPS * at_once):
+        at_once //= 2
+    library().window_attention(
+        q, k, v, mask, prefix_lse, out, key_cache, value_cache, slots, scale, softcap, at_once
+    )
 
 
 if __name__ == "__main__":

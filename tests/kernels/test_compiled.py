@@ -128,12 +128,16 @@ def test_open_window(bs: int, w: int, block: int) -> None:
     agree("open_window", slot_table, rows, prefix_lens, torch.randint(40, (bs,)), 7, w, block)
 
 
+@pytest.mark.parametrize("warps", [compiled.WARPS, 0], ids=["few tokens", "heads share warps"])
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(
     ("w", "heads", "kv_heads", "size"),
     [(1, 4, 4, 64), (5, 9, 3, 64), (40, 4, 1, 128), (3, 2, 2, 256), (7, 8, 1, 64), (9, 12, 2, 64), (6, 2, 1, 128)],
 )
-def test_window_attention(dtype: torch.dtype, w: int, heads: int, kv_heads: int, size: int) -> None:
+def test_window_attention(
+    dtype: torch.dtype, w: int, heads: int, kv_heads: int, size: int, warps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "WARPS", warps)
     bs, scale = 3, size**-0.5
     qkv = torch.randn(bs * w, heads + 2 * kv_heads, size).to(dtype)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
