@@ -92,8 +92,11 @@ def lattice(bs: int, d: int, kp: int, k: int, vocab: int = 40) -> tuple[torch.Te
     ("bs", "d", "kp", "k", "n"),
     [(2, 15, 16, 16, 63), (1, 2, 16, 16, 2), (1, 15, 1, 16, 31), (2, 8, 16, 16, 15), (1, 9, 16, 16, 255)],
 )
-def test_grow(bs: int, d: int, kp: int, k: int, n: int) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_grow(bs: int, d: int, kp: int, k: int, n: int, tied: bool) -> None:
     tokens, logp, bonus = lattice(bs, d, kp, k)
+    if tied:
+        logp = (logp / 4).round()
     agree("grow", tokens, logp, bonus, n)
     agree("grow_chain", tokens, logp, bonus, min(d, n), atol=1e-5)  # torch adds up in another order
 
