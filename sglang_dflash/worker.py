@@ -133,8 +133,9 @@ class DFlashWorker(BaseSpecWorker):
         window = Window.open(batch, self.target, self.options)
         tree = self.draft.draft(batch, window)
         clock.drafted()
-        output, positions = self._verify(batch, window, tree)
+        verified, positions = self._verify(batch, window, tree)
         clock.verified()
+        output = verified.logits_output
         features, output.hidden_states = output.hidden_states, None
         walked = self._sample_and_walk(batch, output, positions, tree, grammar_barrier)
         new_lens = window.prefix_lens + walked.lens
@@ -147,12 +148,13 @@ class DFlashWorker(BaseSpecWorker):
             accept_lens=walked.lens,
             next_draft_input=Carry.of(walked.last, new_lens),
             new_seq_lens=new_lens,
+            can_run_cuda_graph=verified.can_run_cuda_graph,
             speculative_num_draft_tokens=self.options.window,
             speculative_output_stride=walked.tokens.shape[1],
         )
 
-    def _verify(self, batch: Any, window: Window, tree: DraftTree) -> tuple[Any, Tensor]:
-        """The target's logits and features at every node, and the nodes' positions [bs * w]."""
+    def _verify(self, batch: Any, window: Window, tree: DraftTree) -> tuple[GenerationBatchResult, Tensor]:
+        """The target's pass, with logits and features at every node, and the nodes' positions [bs * w]."""
         positions = window.prefix_lens[:, None] + tree.depths
         spec_info = window_input(tree.tokens, positions, tree.mask, CaptureHiddenMode.FULL)
         batch.forward_mode = ForwardMode.TARGET_VERIFY
@@ -168,10 +170,10 @@ class DFlashWorker(BaseSpecWorker):
             kv_loc_plan=window.plan,
             write_cols=slice(0, self.options.verified),
         )
-        result = self._target_worker.forward_batch_generation(
+        verified = self._target_worker.forward_batch_generation(
             batch=None, forward_batch=forward_batch, is_verify=True
         )
-        return result.logits_output, spec_info.positions
+        return verified, spec_info.positions
 
     def _sample_and_walk(
         self,

@@ -10,19 +10,19 @@ import pytest
 import torch
 from client import Body, accept_length, generate
 from conftest import ON_GPU, Serve, planted
+from transformers import PreTrainedTokenizerBase
+
+from sglang_dflash.cli.load import chat_ids, gsm8k
 
 pytestmark = pytest.mark.skipif(
     not ON_GPU or torch.cuda.get_device_capability()[0] not in (8, 9),
     reason="needs a GPU with FlashAttention-3: compute capability 8 or 9",
 )
 
-PROMPTS, TOKENS = 32, 96
-# A pass over a tree rounds in other places than a pass over a batch does: at most twice as much may come of it.
-FACTOR = 2.0
+PROMPTS, TOKENS = 128, 96
+# A pass over a tree rounds in other places than plain decoding's passes do: a little more may come of it.
+FACTOR = 1.5
 BF16 = ("--dtype", "bfloat16")
-
-TopTwo = list[tuple[float, int, str | None]]
-"""(log-probability, token, text) of the two likeliest tokens."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ CASES = {
 
 @dataclass(frozen=True)
 class Truth:
-    """Plain decoding's answers to one prompt at a time, and how far the width of its passes moves the gap of its two
-    likeliest tokens, at most."""
+    """Plain decoding's answers to one prompt at a time, and the widest gap between its two likeliest tokens at which a
+    wider pass of its own decides otherwise: of all prompts at once, or one that reads a whole answer."""
 
     answers: list[Body]
     noise: float
 
 
 @pytest.fixture(scope="module")
-def bodies(short_bodies: list[Body]) -> list[Body]:
+def bodies(tokenizer: PreTrainedTokenizerBase) -> list[Body]:
     params = {"temperature": 0, "max_new_tokens": TOKENS}
-    return [{"input_ids": body["input_ids"], "sampling_params": params} for body in short_bodies[:PROMPTS]]
+    return [{"input_ids": chat_ids(tokenizer, q), "sampling_params": params} for q in gsm8k(PROMPTS)]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def truth(serve: Serve, bodies: list[Body]) -> Truth:
         httpx.post(f"{url}/flush_cache").raise_for_status()
         together = generate(url, asked, PROMPTS)
         read = generate(url, [whole(body, answer) for body, answer in zip(asked, alone, strict=True)], 1)
-    return Truth(alone, max(*map(moved, alone, together), *map(moved, alone, read)))
+    return Truth(alone, max(parted(alone, together) + misread(alone, read)))
 
 
 def whole(body: Body, answer: Body) -> Body:
@@ -138,23 +138,21 @@ def beyond_noise(answers: list[Body], truth: Truth) -> list[str]:
     return wrong
 
 
-def top_twos(answer: Body) -> list[TopTwo]:
-    """The two likeliest tokens at each place of an answer, or of one that was read."""
-    meta = answer["meta_info"]
-    read = [place[:2] for place in meta.get("input_top_logprobs") or [] if place]
-    return read or [place[:2] for place in meta["output_top_logprobs"]]
+def parted(alone: list[Body], together: list[Body]) -> list[float]:
+    """The gaps at which answers to many prompts at once leave the answers to one at a time."""
+    places = [(one, parting(one, other)) for one, other in zip(alone, together, strict=True)]
+    return [gap(one, at) for one, at in places if at < length(one)]
 
 
-def moved(alone: Body, other: Body) -> float:
-    """How far the gap of alone's two likeliest tokens moves, at most, where the same two are the likeliest."""
-    furthest = 0.0
-    for (one, two), (first, second) in zip(top_twos(alone), top_twos(other), strict=False):
-        logprobs = {token: logprob for logprob, token, _ in (first, second)}
-        if {one[1], two[1]} == logprobs.keys():
-            furthest = max(furthest, abs(one[0] - two[0] - (logprobs[one[1]] - logprobs[two[1]])))
-        if first[1] != one[1]:
-            break  # what follows may follow another token
-    return furthest
+def misread(alone: list[Body], read: list[Body]) -> list[float]:
+    """The gaps at which passes that read whole answers would have decided otherwise."""
+    gaps = []
+    for one, other in zip(alone, read, strict=True):
+        _, *places = other["meta_info"]["input_top_logprobs"]  # of the prompt's last token there is nothing to say
+        decided = [place[0][1] for place in places]
+        assert len(decided) == length(one)
+        gaps += [gap(one, at) for at, token in enumerate(decided) if token != one["output_ids"][at]]
+    return gaps
 
 
 def parting(one: Body, other: Body) -> int:
@@ -168,5 +166,6 @@ def length(answer: Body) -> int:
 
 
 def gap(answer: Body, at: int) -> float:
-    (first, *_), (second, *_) = top_twos(answer)[at]
+    """Between the log-probabilities of the two likeliest tokens at a place of an answer."""
+    (first, *_), (second, *_) = answer["meta_info"]["output_top_logprobs"][at][:2]
     return first - second
