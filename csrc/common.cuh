@@ -58,11 +58,10 @@ inline cudaStream_t stream_of(const TensorView& tensor) {
 }
 
 // The first statement of every kernel. Its blocks come while the kernel before still runs, where the GPU can do that, and
-// wait here for all that it wrote; those of the kernel after may come as soon as all of these have.
+// wait here for all that it wrote.
 __device__ inline void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
-  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
