@@ -57,24 +57,8 @@ inline cudaStream_t stream_of(const TensorView& tensor) {
   return static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
 }
 
-// The first statement of every kernel. Its blocks come while the kernel before still runs, where the GPU can do that, and
-// wait here for all that it wrote.
-__device__ inline void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
-
 #ifndef DFLASH_ON_CPU
 #define DFLASH_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-
-// Whether blocks may come before the kernel ahead of them has ended: from compute capability 9.0 on.
-inline bool device_overlaps() {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9;
-}
 
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t stream, Args... args) {
@@ -83,12 +67,8 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cu
     TVM_FFI_ICHECK_EQ(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), cudaSuccess)
         << "needs " << shared << " bytes of shared memory, more than this device has";
   }
-  static const bool overlaps = device_overlaps();
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{grid, dim3(threads), shared, stream, &early, overlaps ? 1u : 0u};
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+  kernel<<<grid, threads, shared, stream>>>(static_cast<Params>(args)...);
+  const cudaError_t error = cudaGetLastError();
   TVM_FFI_ICHECK_EQ(error, cudaSuccess) << cudaGetErrorString(error);
 }
 #endif

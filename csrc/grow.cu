@@ -49,7 +49,6 @@ template <int kSlots>  // nodes a lane holds
 __global__ void grow_kernel(const int64_t* tokens, const float* logp, const int64_t* bonus_tokens, int64_t* out_tokens,
                             int64_t* out_parents, int64_t* out_depths, float* out_logp, bool* out_mask, int d, int kp,
                             int k, int n) {
-  wait_for_previous();
   DFLASH_DYNAMIC_SHARED(memory);
   const int count = d * kp * k;
   float* lattice = reinterpret_cast<float*>(memory);             // [d, kp, k]

@@ -6,7 +6,6 @@ namespace {
 
 __global__ void grow_chain_kernel(const int64_t* tokens, const float* logp, const int64_t* bonus_tokens,
                                   int64_t* out_tokens, float* out_logp, int d, int kp, int k, int n) {
-  wait_for_previous();
   const int request = blockIdx.x, lane = threadIdx.x;
   int rank = 0;
   float total = 0.f;

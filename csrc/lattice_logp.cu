@@ -20,7 +20,6 @@ __device__ inline float lse_of(const float* row, int k) {
 }
 
 __global__ void unary_kernel(const float* unary, const float* lse, float* logp, int k, int count) {
-  wait_for_previous();
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < count) logp[i] = settled(unary[i] - lse[i / k]);
 }
@@ -29,7 +28,6 @@ template <typename T>
 __global__ void selector_kernel(const float* unary, const float* lse, const int64_t* tokens, const int64_t* bonus,
                                 const T* gate, const T* predecessors, const T* successors, float* logp, int d, int k,
                                 int r) {
-  wait_for_previous();
   DFLASH_DYNAMIC_SHARED(memory);
   // Rows one float wider than the rank, so that the lanes of a warp read from different banks.
   const int width = r + 1;

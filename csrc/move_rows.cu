@@ -12,7 +12,6 @@ constexpr int kRowsAtOnce = 4;  // rows on their way together
 
 __global__ void move_rows_kernel(const int64_t* caches, const int64_t* sources, const int64_t* destinations, int m,
                                  int row_vectors) {
-  wait_for_previous();
   uint4* cache = reinterpret_cast<uint4*>(caches[blockIdx.x]);
   const int64_t first = static_cast<int64_t>(blockIdx.y) * m;
   for (int v = threadIdx.x; v < row_vectors; v += kMovers) {

@@ -7,7 +7,6 @@ namespace {
 __global__ void open_window_kernel(const int32_t* slot_table, const int64_t* rows, const int64_t* prefix_lens,
                                    const int64_t* bonus_tokens, int64_t* slots, int64_t* tokens, int64_t* positions,
                                    int64_t columns, int64_t mask_token, int w, int block, int count) {
-  wait_for_previous();
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= count) return;
   const int request = i / w, place = i % w;

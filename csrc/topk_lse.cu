@@ -67,7 +67,6 @@ __device__ inline int rank_of(Key key, const Key* keys, int count) {
 template <typename T>
 __global__ void part_kernel(const T* logits, int64_t stride, int vocab, int parts, int k, Key* part_keys,
                             float2* part_lse) {
-  wait_for_previous();
   constexpr int kVector = 16 / sizeof(T);
   DFLASH_DYNAMIC_SHARED(memory);
   Key* candidates = reinterpret_cast<Key*>(memory);  // [k * elements of a thread]
@@ -123,7 +122,6 @@ __global__ void part_kernel(const T* logits, int64_t stride, int vocab, int part
 
 __global__ void join_kernel(const Key* part_keys, const float2* part_lse, int parts, int k, float* values,
                             int64_t* indices, float* out_lse) {
-  wait_for_previous();
   DFLASH_DYNAMIC_SHARED(memory);
   Key* keys = reinterpret_cast<Key*>(memory);  // [parts * k]
   const int row = blockIdx.x, count = parts * k;

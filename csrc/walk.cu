@@ -9,7 +9,6 @@ constexpr int kNodes = 256;
 __global__ void walk_kernel(const int64_t* tokens, const int64_t* parents, const int64_t* sampled, const int64_t* limit,
                             int64_t* out_nodes, int64_t* out_emitted, int32_t* out_lens, int64_t* out_last, int w,
                             int m) {
-  wait_for_previous();
   __shared__ int64_t token[kNodes], sample[kNodes];
   __shared__ int parent[kNodes];
   const int request = blockIdx.x, lane = threadIdx.x;

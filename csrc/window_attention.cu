@@ -38,7 +38,6 @@ __global__ void window_kernel(const T* q, const T* keys, const T* values, int64_
                               int64_t v_stride, const bool* mask, const float* prefix_lse, T* out, T* key_cache,
                               T* value_cache, const int64_t* slots, int bs, int w, int heads, int group, float scale,
                               float softcap) {
-  wait_for_previous();
   using Row = Part<T, kPerLane>;
   constexpr int kHead = kWarp * kPerLane, kLanes = kWarp / (kAtOnce * kHeads);
   const int unit = blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;

@@ -8,7 +8,6 @@ template <typename T, int kPerLane>  // head size = 32 * kPerLane; a lane holds 
 __global__ void write_context_kernel(const T* kv, const T* k_norm, const float* cos_sin, const int64_t* positions,
                                      const int64_t* slots, const int64_t* pools, int tokens, int layers, int heads,
                                      float eps) {
-  wait_for_previous();
   constexpr int kHead = kWarp * kPerLane, kHalf = kPerLane / 2;
   const int unit = blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   if (unit >= tokens * 2 * layers * heads) return;

@@ -24,7 +24,6 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.model_loader.weight_utils import default_weight_loader
-from sglang.srt.models.utils import apply_qk_norm
 from torch import Tensor, nn
 
 from sglang_dflash import kernels
@@ -87,8 +86,8 @@ class Attention(nn.Module):
         qkv, _ = self.qkv_proj(hidden)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
-            narrow = q.dtype != torch.float32  # what SGLang's kernel in place takes
-            q, k = apply_qk_norm(q, k, self.q_norm, self.k_norm, self.head_dim, allow_inplace=narrow)
+            q = self.q_norm(q.reshape(-1, self.head_dim)).view(q.shape)
+            k = self.k_norm(k.reshape(-1, self.head_dim)).view(k.shape)
         q, k = self.rotary_emb(positions, q, k)
         return self.o_proj(self.attn(q, k, v, forward_batch))[0]
 
