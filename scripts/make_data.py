@@ -67,8 +67,8 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(target)
     chat = synth.ChatFormat(tokenizer)
     kept_out = synth.HeldOut(p for file in held_out or [] for p in synth.read_prompts(file))
-    meter = Meter()
-    making = synth.Synthesis(start(engine, target, slots), chat, kept_out, seed, meter)
+    running = start(engine, target, slots)
+    making = synth.Synthesis(running, chat, kept_out, seed, Meter())  # its clock begins when the engine is there
     out.mkdir(parents=True, exist_ok=True)
     if answers_only:
         files = given or []

@@ -91,14 +91,15 @@ async def decode(
         asyncio.TaskGroup() as tasks,
     ):
         for ids, stream in zip(prompts, streams, strict=True):
-            tasks.create_task(_answer(client, ids, tokens, stream))
+            tasks.create_task(_answer(client, ids, tokens, len(prompts), stream))
         if profile:
             tasks.create_task(_profile(client, profile, streams))
     return streams
 
 
-async def _answer(client: aiohttp.ClientSession, ids: list[int], tokens: int, stream: Stream) -> None:
-    params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream_interval": 1}
+async def _answer(client: aiohttp.ClientSession, ids: list[int], tokens: int, chunk: int, stream: Stream) -> None:
+    """chunk: tokens of one. The more answers, the longer: chunks that queue up on the host tell no step's time."""
+    params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream_interval": chunk}
     body = {"input_ids": ids, "sampling_params": params, "stream": True}
     async with client.post("/generate", json=body) as response:
         async for line in response.content:

@@ -52,6 +52,8 @@ class SGLangEngine:
         )
 
     def generate(self, requests: list[Request], stop: int, seed: int, progress: Progress) -> list[list[int]]:
+        if not requests:  # of a small chunk no conversation may go on; SGLang refuses an empty batch
+            return []
         parameters = [
             {"temperature": r.temperature, "min_p": MIN_P, "max_new_tokens": r.max_new, "stop_token_ids": [stop]}
             for r in requests

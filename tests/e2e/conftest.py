@@ -43,6 +43,7 @@ def serve(pair: embedded.Pair) -> Serve:
         base = ["--model-path", str(pair.target), "--log-level", "warning"]
         if ON_GPU:
             base += ["--mem-fraction-static", "0.8", "--max-total-tokens", "65536"]  # others may start meanwhile
+            base += ["--cuda-graph-max-bs-prefill", "512"]  # capturing them all takes a minute
         if ON_GPU and "--dtype" not in args:
             base += ["--dtype", "float32"]
             if "--speculative-algorithm" not in args:  # SGLang's own kernels are made for 16 bits

@@ -20,8 +20,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 PROMPTS, TOKENS = 128, 96
-# A pass over a tree rounds in other places than plain decoding's passes do: a little more may come of it.
-FACTOR = 1.5
 BF16 = ("--dtype", "bfloat16")
 
 
@@ -88,7 +86,7 @@ def test_noise_is_small_beside_what_a_token_is_decided_by(truth: Truth) -> None:
     """Else the tests here could not fail."""
     gaps = torch.tensor([gap(answer, at) for answer in truth.answers for at in range(length(answer))])
     assert truth.noise > 0
-    assert (gaps < FACTOR * truth.noise).float().mean() < 0.5, f"noise {truth.noise:.3f}"
+    assert (gaps <= truth.noise).float().mean() < 0.5, f"noise {truth.noise:.3f}"
 
 
 def test_answers_to_other_prompts_are_told_apart(truth: Truth) -> None:
@@ -130,7 +128,7 @@ def beyond_noise(answers: list[Body], truth: Truth) -> list[str]:
             continue
         if at == min(len(got), len(want)):
             wrong.append(f"answer {i} has {len(got)} tokens, plain decoding's {len(want)}")
-        elif gap(plain, at) >= FACTOR * truth.noise:
+        elif gap(plain, at) > truth.noise:
             wrong.append(
                 f"answer {i}: token {at} is {got[at]}, plain decoding says {want[at]} by {gap(plain, at):.3f}, "
                 f"and its noise is {truth.noise:.3f}"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sglang_dflash.training.data import Answers, Batch, Cursor, batches, pack
-from sglang_dflash.training.generate import Progress, Request
+from sglang_dflash.training.generate import Progress, Request, SGLangEngine
 from sglang_dflash.training.synth import ChatFormat, HeldOut, Synthesis, lines, readable, varied
 
 Make = Callable[..., Answers]
@@ -128,3 +128,9 @@ def test_prompt_lists_are_distinct_and_prompts_filtered() -> None:
         assert len(lines(name)) == len(set(lines(name))) > 15
     assert readable("What is rain made of?")
     assert not any(map(readable, ("Hi", "What is <|im_start|> then?", "Что такое дождь и откуда он?")))
+
+
+def test_sglang_is_not_asked_for_nothing() -> None:
+    """It refuses an empty batch, and of a small chunk no conversation may go on."""
+    nobody = SGLangEngine.__new__(SGLangEngine)
+    assert nobody.generate([], stop=2, seed=0, progress=lambda _: None) == []
