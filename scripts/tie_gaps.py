@@ -19,7 +19,6 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from sglang_dflash import embedded
-from sglang_dflash.cli.load import chat_ids, gsm8k
 from sglang_dflash.cli.server import starting
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "e2e"))
@@ -40,10 +39,8 @@ QUANTILES = (0.05, 0.1, 0.2, 0.3, 0.5)
 def main(out: Annotated[Path, typer.Option(help="A JSON line a way of asking goes there.")]) -> None:
     """Gaps, in log-probability, at which greedy bfloat16 answers leave plain decoding's."""
     pair = embedded.ensure()
-    tokenizer = AutoTokenizer.from_pretrained(pair.target)
-    params = {"temperature": 0, "max_new_tokens": lossless.TOKENS}
-    bodies = [{"input_ids": chat_ids(tokenizer, q), "sampling_params": params} for q in gsm8k(lossless.PROMPTS)]
-    asked = [{**body, "return_logprob": True, "top_logprobs_num": 2} for body in bodies]
+    bodies = lossless.greedy_chats(AutoTokenizer.from_pretrained(pair.target))
+    asked = lossless.with_gaps(bodies)
     console, base = Console(), ["--model-path", str(pair.target), *SERVER.split()]
     with ExitStack() as stack, out.open("w") as file:
 
@@ -64,7 +61,7 @@ def main(out: Annotated[Path, typer.Option(help="A JSON line a way of asking goe
         for together in (32, len(asked)):
             parted = lossless.parted(alone, generate(url, asked, together))
             tell(by="plain", together=together, **described(parted))
-        read = generate(url, [lossless.whole(b, a) for b, a in zip(asked, alone, strict=True)], 1)
+        read = generate(url, list(map(lossless.whole, asked, alone)), 1)
         tell(by="plain, reading", **described(lossless.misread(alone, read)))
         for name, server in servers.items():
             url = server.ready(console)

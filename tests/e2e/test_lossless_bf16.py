@@ -49,18 +49,27 @@ class Truth:
 
 @pytest.fixture(scope="module")
 def bodies(tokenizer: PreTrainedTokenizerBase) -> list[Body]:
+    return greedy_chats(tokenizer)
+
+
+def greedy_chats(tokenizer: PreTrainedTokenizerBase) -> list[Body]:
     params = {"temperature": 0, "max_new_tokens": TOKENS}
     return [{"input_ids": chat_ids(tokenizer, q), "sampling_params": params} for q in gsm8k(PROMPTS)]
 
 
+def with_gaps(bodies: list[Body]) -> list[Body]:
+    """The same, their answers with what `gap` reads."""
+    return [{**body, "return_logprob": True, "top_logprobs_num": 2} for body in bodies]
+
+
 @pytest.fixture(scope="module")
 def truth(serve: Serve, bodies: list[Body]) -> Truth:
-    asked = [{**body, "return_logprob": True, "top_logprobs_num": 2} for body in bodies]
+    asked = with_gaps(bodies)
     with serve(*BF16) as url:
         alone = generate(url, asked, 1)
         httpx.post(f"{url}/flush_cache").raise_for_status()
         together = generate(url, asked, PROMPTS)
-        read = generate(url, [whole(body, answer) for body, answer in zip(asked, alone, strict=True)], 1)
+        read = generate(url, list(map(whole, asked, alone)), 1)
     return Truth(alone, max(parted(alone, together) + misread(alone, read)))
 
 
