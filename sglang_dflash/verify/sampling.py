@@ -83,13 +83,10 @@ def sample_nodes(runner: Any, output: Any, info: Any, positions: Tensor, width: 
     runner: the target's model runner; output: its LogitsProcessorOutput with `next_token_logits` [bs * width, V],
     which sampling overwrites; info: the batch's SamplingBatchInfo; positions [bs * width] int64 of the nodes.
     """
+    settings = () if info.is_all_greedy else _PER_REQUEST  # of which greedy sampling reads none
     per_node = dataclasses.replace(
         info,
-        **{
-            name: value.repeat_interleave(width, 0)
-            for name in _PER_REQUEST
-            if (value := getattr(info, name)) is not None
-        },
+        **{name: value.repeat_interleave(width, 0) for name in settings if (value := getattr(info, name)) is not None},
         has_custom_logit_processor=False,
         grammars=None,
         sampling_mask_batch_indices=None,
