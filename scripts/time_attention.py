@@ -8,8 +8,8 @@
 - served: whichever of the two a server runs (platforms/cuda)
 - flashinfer: its paged prefill kernel under a custom mask over prefix and window
 
-Llama-3.1-8B's heads, bfloat16. Each is timed in a CUDA graph, and all results are compared. As in a model, every call is
-of another layer: keys and values come from memory. Needs sgl_kernel and flashinfer, as SGLang installs them.
+Llama-3.1-8B's heads, bfloat16. Each is timed in a CUDA graph, and all results are compared. As in a model, every call
+is of another layer: keys and values come from memory. Needs sgl_kernel and flashinfer, as SGLang installs them.
 """
 
 from __future__ import annotations

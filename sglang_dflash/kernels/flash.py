@@ -44,8 +44,9 @@ def tree_attention(
     programs = multiprocessors(q.device) * (MOST_PROGRAMS if rows == 16 else 1)
     splits = max(1, min(MOST_SPLITS, programs // (bs * tiles)))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    parts = torch.empty((bs * tiles * splits, rows, size) if splits > 1 else 0, device=q.device)
-    sums = torch.empty((bs * tiles * splits, rows, 2) if splits > 1 else 0, device=q.device)
+    split_tiles = bs * tiles * splits if splits > 1 else 0
+    parts = torch.empty(split_tiles, rows, size, dtype=torch.float32, device=q.device)
+    sums = torch.empty(split_tiles, rows, 2, dtype=torch.float32, device=q.device)
     kernel: Any = _kernel
     kernel[(tiles, splits, bs)](
         q, k, v, mask.view(torch.uint8), prefix_lens, pages, key_cache, value_cache, slots, out, parts, sums,
