@@ -123,9 +123,8 @@ def step_ms(streams: list[Stream]) -> float:
     lengths = []
     for stream in streams:
         within = [(t, n) for t, n in zip(stream.times, stream.steps, strict=True) if begin <= t <= end]
-        (first, steps_before), (last, steps) = within[0], within[-1]
-        if steps > steps_before:
-            lengths.append(1000 * (last - first) / (steps - steps_before))
+        if within and (taken := within[-1][1] - within[0][1]):
+            lengths.append(1000 * (within[-1][0] - within[0][0]) / taken)
     if not lengths:
         raise RuntimeError(f"of {len(streams)} requests some had ended before others began: give more KV cache")
     return round(median(lengths), 3)

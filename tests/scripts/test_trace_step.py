@@ -149,3 +149,15 @@ def test_a_step_s_length_from_what_streams_saw_while_all_decoded() -> None:
         ]
 
     assert trace_step.step_ms(asyncio.run(streams())) == pytest.approx(10)
+
+
+def test_a_stream_without_a_step_in_common_time_tells_nothing() -> None:
+    async def streams(*last: float) -> list[Any]:
+        return [
+            trace_step.Stream([0, 1, 2, 3, 3.5, *last], [0, 1, 2, 3, 4, *(5 for _ in last)]),
+            trace_step.Stream([0, 1, 2, 3.25, 9], [0, 9, 18, 27, 36]),  # a slow one, whose next chunk comes too late
+        ]
+
+    assert trace_step.step_ms(asyncio.run(streams(4.0))) == pytest.approx(500)
+    with pytest.raises(RuntimeError, match="some had ended before others began"):
+        trace_step.step_ms(asyncio.run(streams()))
