@@ -61,7 +61,7 @@ def main(out: Annotated[Path, typer.Option(help="A JSON line a way of asking goe
         for together in (32, len(asked)):
             parted = lossless.parted(alone, generate(url, asked, together))
             tell(by="plain", together=together, **described(parted))
-        read = generate(url, list(map(lossless.whole, asked, alone)), 1)
+        read = generate(url, lossless.readings(asked, alone), 1)
         tell(by="plain, reading", **described(lossless.misread(alone, read)))
         for name, server in servers.items():
             url = server.ready(console)

@@ -90,16 +90,19 @@ async def decode(
         ) as client,
         asyncio.TaskGroup() as tasks,
     ):
+        # The more answers, the longer their chunks: those that queue up on the host tell no step's time. But a slow
+        # answer must bring several while the fastest one lasts.
+        interval = max(1, len(prompts) // 2)
         for ids, stream in zip(prompts, streams, strict=True):
-            tasks.create_task(_answer(client, ids, tokens, max(1, len(prompts) // 2), stream))
+            tasks.create_task(_answer(client, ids, tokens, interval, stream))
         if profile:
             tasks.create_task(_profile(client, profile, streams))
     return streams
 
 
-async def _answer(client: aiohttp.ClientSession, ids: list[int], tokens: int, chunk: int, stream: Stream) -> None:
-    """chunk: tokens of one. The more answers, the longer: chunks that queue up on the host tell no step's time."""
-    params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream_interval": chunk}
+async def _answer(client: aiohttp.ClientSession, ids: list[int], tokens: int, interval: int, stream: Stream) -> None:
+    """interval: tokens of a chunk."""
+    params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream_interval": interval}
     body = {"input_ids": ids, "sampling_params": params, "stream": True}
     async with client.post("/generate", json=body) as response:
         async for line in response.content:

@@ -69,15 +69,22 @@ def truth(serve: Serve, bodies: list[Body]) -> Truth:
         alone = generate(url, asked, 1)
         httpx.post(f"{url}/flush_cache").raise_for_status()
         together = generate(url, asked, PROMPTS)
-        read = generate(url, list(map(whole, asked, alone)), 1)
+        read = generate(url, readings(asked, alone), 1)
     return Truth(alone, max(parted(alone, together) + misread(alone, read)))
 
 
-def whole(body: Body, answer: Body) -> Body:
-    """Asks for what one wide pass says of an answer."""
-    ids, tokens = body["input_ids"], answer["output_ids"]
+def readings(bodies: list[Body], answers: list[Body]) -> list[Body]:
+    """Ask for what one wide pass says of each answer."""
     one = {"temperature": 0, "max_new_tokens": 1}
-    return {**body, "input_ids": ids + tokens, "logprob_start_len": len(ids) - 1, "sampling_params": one}
+    return [
+        {
+            **body,
+            "input_ids": body["input_ids"] + answer["output_ids"],
+            "logprob_start_len": len(body["input_ids"]) - 1,
+            "sampling_params": one,
+        }
+        for body, answer in zip(bodies, answers, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
