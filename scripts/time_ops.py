@@ -23,6 +23,7 @@ from sglang_dflash.kernels import Pools, compiled, plain
 REPEATS, ROUNDS = 50, 7
 NODES, DEPTH, K, RANK, VOCAB = 63, 15, 16, 128, 151_936
 HEADS, KV_HEADS, SIZE, LAYERS, TARGET_LAYERS = 32, 8, 128, 5, 36
+PREFIX = 500
 
 Case = tuple[str, Callable[[], object], Callable[[], object]]
 
@@ -42,10 +43,12 @@ def cases(bs: int) -> list[Case]:
         sampled.scatter_(1, parents[:, node : node + 1], tree[:, node : node + 1])
     nodes, _, lens, _ = plain.walk(tree, parents, mask, sampled, None, DEPTH)
     slots = 1 + torch.arange(bs * w).view(bs, w)
-    prefix = torch.full((bs,), 500)
+    prefix = torch.full((bs,), PREFIX)
     q, k, v = (torch.randn(bs * w, heads, SIZE).to(bf16) for heads in (HEADS, KV_HEADS, KV_HEADS))
     prefix_lse, out = torch.randn(bs, HEADS, w), torch.randn(bs * w, HEADS, SIZE).to(bf16)
     caches = torch.zeros(2, bs * w + 1, KV_HEADS, SIZE, dtype=bf16)
+    pages = torch.arange(bs * PREFIX, dtype=torch.int32).view(bs, PREFIX)
+    paged = torch.randn(2, bs * PREFIX, KV_HEADS, SIZE).to(bf16)
     kv = torch.randn(bs * m, 2, LAYERS, KV_HEADS, SIZE).to(bf16)
     pools = Pools.of([torch.zeros(bs * w + 1, KV_HEADS, SIZE, dtype=bf16) for _ in range(2 * LAYERS)])
     k_norm, cos_sin = torch.ones(LAYERS, 1, SIZE, dtype=bf16), torch.rand(8192, SIZE)
@@ -58,6 +61,7 @@ def cases(bs: int) -> list[Case]:
         "grow": (tokens, logp, bonus, NODES),
         "grow_chain": (tokens, logp, bonus, DEPTH),
         "window_attention": (q, k, v, mask, prefix_lse, out, *caches, slots.flatten(), SIZE**-0.5, 0.0),
+        "tree_attention": (q, k, v, mask, prefix.int(), pages, 1, *paged, slots.flatten(), SIZE**-0.5, 0.0),
         "walk": (tree, parents, mask, sampled, None, DEPTH),
         "open_window": (torch.zeros(bs, 8192, dtype=torch.int32), torch.arange(bs), prefix, bonus, 0, w, m),
         "commit_rows": (slots, prefix, nodes, lens, w),

@@ -43,3 +43,39 @@ def window_attention(
     old = (prefix_lse - lse).exp()[..., None]
     both = torch.where(old > 0, prefix, 0) * old + (scores - lse[..., None]).exp() @ v
     out.copy_(both.transpose(1, 2).reshape(out.shape))
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    prefix_lens: Tensor,
+    pages: Tensor,
+    page_size: int,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attention of a window pass, [bs * w, heads, size] in q's dtype: each window token sees the whole prefix and those
+    window tokens that the mask names. Writes the window's keys and values into the caches.
+
+    prefix_lens [bs] int32: tokens before the window; pages [bs, P] int32: where they are, page_size slots a page; the
+    others as in `window_attention`.
+    """
+    bs, w, _ = mask.shape
+    positions = torch.arange(pages.shape[1] * page_size, device=q.device)
+    at = pages[:, positions // page_size].long() * page_size + positions % page_size  # [bs, L]
+    group, scaled = q.shape[1] // k.shape[1], q.float().view(bs, w, *q.shape[1:]) * scale
+    keys, values = (cache[at].float().repeat_interleave(group, 2) for cache in (key_cache, value_cache))
+    scores = torch.einsum("bwhd,blhd->bhwl", scaled, keys)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill((positions >= prefix_lens[:, None])[:, None, None], -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().nan_to_num()  # no prefix, no weights
+    out = torch.einsum("bhwl,blhd->bwhd", weights, values).reshape(q.shape)
+    window_attention(q, k, v, mask, lse, out, key_cache, value_cache, slots, scale, softcap)
+    return out.to(q.dtype)

@@ -1,6 +1,6 @@
-"""The hot ops from csrc/, under the names and signatures of `plain`, which says what they mean.
+"""The hot ops from csrc/, and the one in Triton, under the names and signatures of `plain`, which says what they mean.
 
-The sources are compiled on first use, for the GPU at hand, into tvm-ffi's cache; a library compiled ahead
+The sources of csrc/ are compiled on first use, for the GPU at hand, into tvm-ffi's cache; a library compiled ahead
 (`make ops`) is taken instead where there is one.
 """
 
@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sglang_dflash.kernels.flash import tree_attention
 from sglang_dflash.kernels.lattice import lattice_logp as plain_lattice_logp
 from sglang_dflash.kernels.rows import Pools
+
+__all__ = ["tree_attention"]  # and every other op of `plain`, below
 
 PACKAGE = Path(__file__).parents[1]
 AHEAD = PACKAGE / "kernels" / "ops.so"

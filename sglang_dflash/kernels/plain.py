@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_dflash.kernels.attention import window_attention
+from sglang_dflash.kernels.attention import tree_attention, window_attention
 from sglang_dflash.kernels.lattice import lattice_logp, selector_logp, topk_lse
 from sglang_dflash.kernels.rows import commit_rows, move_rows, open_window, write_context
 from sglang_dflash.kernels.tree import grow, grow_chain, walk
@@ -16,6 +16,7 @@ __all__ = [
     "open_window",
     "selector_logp",
     "topk_lse",
+    "tree_attention",
     "walk",
     "window_attention",
     "write_context",

@@ -8,6 +8,9 @@ from sglang_dflash.draft.config import DraftConfig
 from sglang_dflash.platforms import PLAIN_ATTENTION, other_attention
 
 FAST_ATTENTION = "fa3"
+# Where one op attends to prefix and window, which scripts/time_attention.py has found the faster way:
+SHORT_PREFIX = 768  # behind prefixes of up to so many tokens, however wide the window is
+NARROW = 16  # and in windows of up to so many rows, tokens times query heads a key, behind any prefix
 
 
 def attention_backend(dtype: str) -> str:

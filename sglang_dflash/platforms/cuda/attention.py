@@ -1,26 +1,54 @@
-"""Attention of window passes on Hopper and Ampere: FlashAttention-3 for the prefix, our op for the window.
+"""Attention of window passes on Hopper and Ampere, in one of two ways, whichever is faster.
 
 Every window token sees the whole prefix, so that part is plain attention without a mask, however long it is. What a
-token sees of its window is a few ancestors: our op visits those alone, and joins both parts. No mask as long as the
-context is ever made, and nothing is planned on the host.
+token sees of its window is a few ancestors. Narrow windows, and all windows behind short prefixes, are attended to by
+one op of ours. Where wide windows meet a long prefix, FlashAttention-3 attends to it, and a second op joins what each
+token sees of its window. No mask as long as the context is ever made, and nothing is planned on the host.
+
+Which way a pass goes is decided by the longest prefix that the host thinks possible; CUDA graphs are recorded of both.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 import torch
 from sglang.srt.layers.attention import flashattention_backend
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
+from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
 from torch import Tensor
 
 from sglang_dflash import kernels
-from sglang_dflash.platforms.cuda import FAST_ATTENTION
+from sglang_dflash.platforms.cuda import FAST_ATTENTION, NARROW, SHORT_PREFIX
 
 
 def register() -> None:
-    """In this process, runners that ask for FlashAttention-3 get the backend below."""
+    """In this process, runners that ask for FlashAttention-3 get the backend below, and graphs for both of its ways."""
     register_attention_backend(FAST_ATTENTION)(WindowAttentionBackend)
+    capture = DecodeCudaGraphRunner.capture
+
+    @functools.wraps(capture)
+    def capture_both_ways(runner: Any) -> None:
+        if isinstance(runner.attn_backend, WindowAttentionBackend):
+            runner.attention_graph_variants = runner.attn_backend.ways(runner.captured_req_width)
+        capture(runner)
+
+    DecodeCudaGraphRunner.capture = capture_both_ways
+
+
+class Ways:
+    """The CUDA graphs SGLang records of each batch size, and which one a batch replays."""
+
+    short, long = "short prefix", "long prefix"
+    capture_labels: ClassVar[tuple[str, ...]] = (short, long)
+
+    @classmethod
+    def select(cls, forward_batch: Any) -> str:
+        """By the host's bounds on the lengths, which no prefix exceeds; a pass of SGLang's own may have none."""
+        bounds = forward_batch.seq_lens_cpu
+        return cls.short if bounds is not None and int(bounds.max()) <= SHORT_PREFIX else cls.long
 
 
 class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
@@ -29,6 +57,13 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
     window_mask [bs, w, w] bool: window token i sees window token j, in every layer. The keys and values of the window
     are written by the same kernel that attends to them.
     """
+
+    def ways(self, width: int) -> type[Ways] | None:
+        """Of attending to windows of this width; None if there is one."""
+        return None if self._is_narrow(width) else Ways
+
+    def _is_narrow(self, width: int) -> bool:
+        return bool(width * (self.num_attention_heads // self.num_kv_heads) <= NARROW)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)
@@ -44,6 +79,7 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
             mask = getattr(forward_batch.spec_info, "window_mask", None)
             if mask is None:  # SGLang warming up
                 mask = torch.ones(bs, width, width, dtype=torch.bool, device=self.device)
+            self._in_one = self._is_narrow(width) or Ways.select(forward_batch) == Ways.short
             self._bind(forward_batch.seq_lens.to(torch.int32), mask.contiguous())
             self._schedule()
 
@@ -56,6 +92,8 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
                 lens.copy_(forward_batch.seq_lens[:bs])
                 given = forward_batch.spec_info.window_mask
                 mask[: len(given)].copy_(given)
+            else:
+                self._in_one = get_capture_attention_variant() != Ways.long
             self._bind(lens, mask)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
@@ -68,6 +106,8 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
 
     def _schedule(self) -> None:
         """Share the prefix's tiles out among the multiprocessors: once a pass, as all layers read the same lengths."""
+        if self._in_one:
+            return
         bs, width, _ = self._mask.shape
         self._tiles = self._get_scheduler_metadata(
             batch_size=bs,
@@ -98,6 +138,27 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_v_head_num, layer.head_dim),
         )
+        window = forward_batch.out_cache_loc if save_kv_cache else None
+        attend = self._attend_in_one if self._in_one else self._attend_in_two
+        out = attend(q, k, v, layer, window)
+        return out.view(len(out), -1)
+
+    def _attend_in_one(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, slots: Tensor | None) -> Tensor:
+        return kernels.tree_attention(
+            q,
+            k,
+            v,
+            self._mask,
+            self._prefix_lens,
+            self.forward_metadata.page_table,
+            self.page_size,
+            *self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
+            slots,
+            layer.scaling,
+            layer.logit_cap,
+        )
+
+    def _attend_in_two(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, slots: Tensor | None) -> Tensor:
         bs, width, _ = self._mask.shape
         keys, values = self.get_paged_mha_kv_cache(layer)
         out, lse, *_ = self.flash_attn_with_kvcache(
@@ -123,8 +184,8 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
             lse,
             out,
             *self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
-            forward_batch.out_cache_loc if save_kv_cache else None,
+            slots,
             layer.scaling,
             layer.logit_cap,
         )
-        return out.view(len(out), -1)
+        return out
