@@ -42,7 +42,7 @@ def main(out: Annotated[Path, typer.Option(help="A JSON line a way of asking goe
     bodies = lossless.greedy_chats(AutoTokenizer.from_pretrained(pair.target))
     asked = lossless.with_gaps(bodies)
     console, base = Console(), ["--model-path", str(pair.target), *SERVER.split()]
-    with ExitStack() as stack, out.open("w") as file:
+    with ExitStack() as stack, out.open("w", buffering=1) as file:
 
         def tell(**row: Any) -> None:
             file.write(json.dumps(row) + "\n")

@@ -10,16 +10,18 @@ import pytest
 import torch
 from client import Body, accept_length, generate
 from conftest import ON_GPU, Serve, planted
+from prompts import chats_below, long_chats
 from transformers import PreTrainedTokenizerBase
 
 from sglang_dflash.cli.load import chat_ids, gsm8k
+from sglang_dflash.platforms.cuda import SHORT_PREFIX
 
 pytestmark = pytest.mark.skipif(
     not ON_GPU or torch.cuda.get_device_capability()[0] not in (8, 9),
     reason="needs a GPU with FlashAttention-3: compute capability 8 or 9",
 )
 
-PROMPTS, TOKENS = 128, 96
+SHORT, GROWING, TOKENS = 128, 16, 96
 BF16 = ("--dtype", "bfloat16")
 
 
@@ -53,8 +55,13 @@ def bodies(tokenizer: PreTrainedTokenizerBase) -> list[Body]:
 
 
 def greedy_chats(tokenizer: PreTrainedTokenizerBase) -> list[Body]:
+    """Short ones, some that become long while they are answered, and long ones: wide windows are attended to in two
+    ways, by that (platforms/cuda)."""
     params = {"temperature": 0, "max_new_tokens": TOKENS}
-    return [{"input_ids": chat_ids(tokenizer, q), "sampling_params": params} for q in gsm8k(PROMPTS)]
+    short = [chat_ids(tokenizer, question) for question in gsm8k(SHORT)]
+    growing = chats_below(tokenizer, SHORT_PREFIX, GROWING)
+    assert min(map(len, growing)) > SHORT_PREFIX - TOKENS / 2
+    return [{"input_ids": ids, "sampling_params": params} for ids in short + growing + long_chats(tokenizer)]
 
 
 def with_gaps(bodies: list[Body]) -> list[Body]:
@@ -68,7 +75,7 @@ def truth(serve: Serve, bodies: list[Body]) -> Truth:
     with serve(*BF16) as url:
         alone = generate(url, asked, 1)
         httpx.post(f"{url}/flush_cache").raise_for_status()
-        together = generate(url, asked, PROMPTS)
+        together = generate(url, asked, len(asked))
         read = generate(url, readings(asked, alone), 1)
     return Truth(alone, max(parted(alone, together) + misread(alone, read)))
 
@@ -107,21 +114,21 @@ def test_noise_is_small_beside_what_a_token_is_decided_by(truth: Truth) -> None:
 
 def test_answers_to_other_prompts_are_told_apart(truth: Truth) -> None:
     shifted = truth.answers[1:] + truth.answers[:1]
-    assert len(beyond_noise(shifted, truth)) > PROMPTS / 4
+    assert len(beyond_noise(shifted, truth)) > len(shifted) / 4
 
 
 def test_a_walk_that_prefers_the_draft_is_told_apart(serve: Serve, bodies: list[Body], truth: Truth) -> None:
     args = ("--speculative-algorithm", "DFLASH", "--speculative-num-draft-tokens", "15")
     with serve(*BF16, *args, env=planted("prefer the draft")) as url:
-        answers = generate(url, bodies, PROMPTS)
+        answers = generate(url, bodies, len(bodies))
     assert beyond_noise(answers, truth) != []
 
 
-@pytest.mark.parametrize("concurrency", [1, PROMPTS])
+@pytest.mark.parametrize("at_once", ["one", "all"])
 def test_text_is_plain_decodings_up_to_its_own_noise(
-    case: Case, concurrency: int, server: str, bodies: list[Body], truth: Truth
+    case: Case, at_once: str, server: str, bodies: list[Body], truth: Truth
 ) -> None:
-    answers = generate(server, bodies, concurrency)
+    answers = generate(server, bodies, 1 if at_once == "one" else len(bodies))
     assert tree_nodes(server) == case.nodes
     assert beyond_noise(answers, truth) == []
     assert accept_length(answers) > 2.0
