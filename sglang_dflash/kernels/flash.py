@@ -47,7 +47,7 @@ def tree_attention(
     split_tiles = bs * tiles * splits if splits > 1 else 0
     parts = torch.empty(split_tiles, rows, size, dtype=torch.float32, device=q.device)
     sums = torch.empty(split_tiles, rows, 2, dtype=torch.float32, device=q.device)
-    kernel: Any = _kernel
+    kernel: Any = tree_attention_kernel
     kernel[(tiles, splits, bs)](
         q, k, v, mask.view(torch.uint8), prefix_lens, pages, key_cache, value_cache, slots, out, parts, sums,
         counters(q.device), q.stride(0), k.stride(0), v.stride(0), pages.stride(0), scale, splits,
@@ -70,7 +70,7 @@ def counters(device: torch.device) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _kernel(
+def tree_attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, lens_ptr, pages_ptr, key_cache, value_cache, slots_ptr, out_ptr, parts_ptr,
     sums_ptr, counters_ptr, q_stride, k_stride, v_stride, pages_stride, scale, splits,
     W: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
