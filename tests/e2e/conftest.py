@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sglang_dflash import embedded
 from sglang_dflash.cli.server import serving
 
-SHORT_TOKENS, LONG_TOKENS = 72, 24
+SHORT_TOKENS, LONG_TOKENS = 64, 24
 PLANT = Path(__file__).with_name("plant")
 ON_GPU = torch.cuda.is_available()
 

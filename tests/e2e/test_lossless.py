@@ -33,14 +33,14 @@ class Case:
 
 
 CASES = {
-    "tree 15": Case("--speculative-num-draft-tokens 15 --speculative-num-steps 8", 16, short=48, long=8, kind=(15, 8)),
+    "tree 15": Case("--speculative-num-draft-tokens 15 --speculative-num-steps 8", 16, short=32, long=8, kind=(15, 8)),
     "tree 3, paged, no overlap": Case(
         "--speculative-num-draft-tokens 3 --page-size 16 --disable-overlap-schedule", 32, kind=(3, 3)
     ),
     "tree 63, no radix": Case("--speculative-num-draft-tokens 63 --disable-radix-cache", 8, short=16, long=2),
-    "chain, paged, no radix": Case(
+    "chain, alone, paged, no radix": Case(
         "--speculative-num-draft-tokens 7 --speculative-eagle-topk 1 --page-size 16 --disable-radix-cache",
-        4, short=16, kind=(None, 7),
+        1, short=12, long=2, kind=(None, 7),
     ),
     "nothing drafted, mixed chunks": Case(
         "--speculative-num-draft-tokens 0 --chunked-prefill-size 256 --enable-mixed-chunk", 32, short=12, long=4
@@ -48,9 +48,6 @@ CASES = {
     "tree 7, mixed chunks, paged": Case(
         "--speculative-num-draft-tokens 7 --chunked-prefill-size 256 --enable-mixed-chunk --page-size 16",
         16, kind=(7, 7),
-    ),
-    "tree 31, alone": Case(
-        "--speculative-num-draft-tokens 31 --speculative-num-steps 9", 1, short=8, long=1, kind=(31, 9)
     ),
 }  # fmt: skip
 
@@ -83,7 +80,7 @@ def offline(pair: embedded.Pair, known_answers: Path) -> dict[tuple[int | None, 
 def test_text_is_that_of_plain_decoding(case: Case, answers: list[Body], plain: Plain) -> None:
     expected = plain.short[: case.short] + plain.long[: case.long]
     ties = [same_or_tied(answer, truth) for answer, truth in zip(answers, expected, strict=True)]
-    assert sum(ties) <= 1, f"{sum(ties)} answers leave plain decoding's at a tie; one in 56 is chance"
+    assert sum(ties) <= 1, f"{sum(ties)} answers leave plain decoding's at a tie; one in 40 is chance"
     if "tokens 0" not in case.args:
         assert accept_length(answers[: case.short]) > 2.0
 

@@ -46,7 +46,7 @@ def exact(pair: embedded.Pair, prompt: list[int]) -> dict[tuple[int, ...], float
 
 @pytest.mark.parametrize(
     ("args", "buggy", "samples"),
-    [(TREE, False, SAMPLES), (CHAIN, False, SAMPLES), (TREE, True, FEW_SAMPLES)],
+    [(TREE, False, SAMPLES), (CHAIN, False, FEW_SAMPLES), (TREE, True, FEW_SAMPLES)],
     ids=["tree", "chain", "planted bug"],
 )
 def test_first_tokens_are_distributed_as_the_target_says(
