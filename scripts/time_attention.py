@@ -30,7 +30,7 @@ from time_ops import microseconds
 from torch import Tensor
 
 from sglang_dflash.kernels import compiled
-from sglang_dflash.platforms.cuda import NARROW, SHORT_PREFIX
+from sglang_dflash.platforms.cuda import SHORT_PREFIX, is_narrow
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
 SCALE = SIZE**-0.5
@@ -143,7 +143,7 @@ def row(bs: int, width: int, context: int, page_size: int) -> dict[str, float]:
     want = runs["flashinfer"]()
     errors = {f"error_{name}": (runs[name]() - want).abs().max().item() for name in ("in_one", "in_two")}
     times = {name: microseconds(run) for name, run in runs.items()}
-    served = times["in_one" if width * HEADS // KV_HEADS <= NARROW or context <= SHORT_PREFIX else "in_two"]
+    served = times["in_one" if is_narrow(width, HEADS, KV_HEADS) or context <= SHORT_PREFIX else "in_two"]
     shape = {"bs": bs, "width": width, "context": context, "page_size": page_size}
     return {**shape, **times, "served_to_plain": served / times["plain"], **errors}
 

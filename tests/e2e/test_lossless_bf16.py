@@ -14,10 +14,10 @@ from prompts import chats_below, long_chats
 from transformers import PreTrainedTokenizerBase
 
 from sglang_dflash.cli.load import chat_ids, gsm8k
-from sglang_dflash.platforms.cuda import SHORT_PREFIX
+from sglang_dflash.platforms.cuda import FAST_CAPABILITIES, SHORT_PREFIX
 
 pytestmark = pytest.mark.skipif(
-    not ON_GPU or torch.cuda.get_device_capability()[0] not in (8, 9),
+    not ON_GPU or torch.cuda.get_device_capability()[0] not in FAST_CAPABILITIES,
     reason="needs a GPU with FlashAttention-3: compute capability 8 or 9",
 )
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sglang_dflash.kernels import flash, plain
+from sglang_dflash.platforms.cuda import FAST_CAPABILITIES
 
 MULTIPROCESSORS = 132  # an H100's, for the interpreter
 ROUNDING = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -99,7 +100,7 @@ def test_compiled(name: str, dtype: str, poisoned_memory: None) -> None:
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (8, 9),
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in FAST_CAPABILITIES,
     reason="needs a GPU with FlashAttention-3: compute capability 8 or 9",
 )
 @pytest.mark.parametrize("prefix", [40, 300, 2000])

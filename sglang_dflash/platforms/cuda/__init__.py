@@ -8,9 +8,15 @@ from sglang_dflash.draft.config import DraftConfig
 from sglang_dflash.platforms import PLAIN_ATTENTION, other_attention
 
 FAST_ATTENTION = "fa3"
+FAST_CAPABILITIES = 8, 9  # first numbers of the compute capabilities it is made for
 # Where one op attends to prefix and window, which scripts/time_attention.py has found the faster way:
 SHORT_PREFIX = 768  # behind prefixes of up to so many tokens, however wide the window is
 NARROW = 16  # and in windows of up to so many rows, tokens times query heads a key, behind any prefix
+
+
+def is_narrow(width: int, heads: int, kv_heads: int) -> bool:
+    """Whether one op attends to windows of this many tokens behind any prefix."""
+    return width * (heads // kv_heads) <= NARROW
 
 
 def attention_backend(dtype: str) -> str:
@@ -30,7 +36,7 @@ def unserved(
     same as SGLang settled them so far; target: its config.json; capability: the GPU's.
     """
     backend = attention_backend(arguments.dtype)
-    if backend == FAST_ATTENTION and capability[0] not in (8, 9):
+    if backend == FAST_ATTENTION and capability[0] not in FAST_CAPABILITIES:
         return f"trees need FlashAttention-3, which compute capability {capability[0]}.{capability[1]} has not"
     if other := other_attention(asked, backend):
         return f"{other} reads no tree, {backend} does"

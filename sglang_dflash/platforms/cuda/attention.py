@@ -21,7 +21,7 @@ from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_atte
 from torch import Tensor
 
 from sglang_dflash import kernels
-from sglang_dflash.platforms.cuda import FAST_ATTENTION, NARROW, SHORT_PREFIX
+from sglang_dflash.platforms.cuda import FAST_ATTENTION, SHORT_PREFIX, is_narrow
 
 
 def register() -> None:
@@ -63,7 +63,7 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
         return None if self._is_narrow(width) else Ways
 
     def _is_narrow(self, width: int) -> bool:
-        return bool(width * (self.num_attention_heads // self.num_kv_heads) <= NARROW)
+        return is_narrow(width, self.num_attention_heads, self.num_kv_heads)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)
