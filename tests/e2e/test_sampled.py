@@ -15,6 +15,7 @@ from sglang_dflash import embedded
 from sglang_dflash.cli.load import chat_ids
 
 SAMPLES, FEW_SAMPLES, LENGTH = 1600, 1000, 4
+OF_A_BUG = 480  # samples that show it
 AT_ONCE = 40  # samples of one request
 QUESTION = "Tom has 3 boxes with 12 pencils each. How many pencils does he have?"
 
@@ -46,7 +47,7 @@ def exact(pair: embedded.Pair, prompt: list[int]) -> dict[tuple[int, ...], float
 
 @pytest.mark.parametrize(
     ("args", "buggy", "samples"),
-    [(TREE, False, SAMPLES), (CHAIN, False, FEW_SAMPLES), (TREE, True, FEW_SAMPLES)],
+    [(TREE, False, SAMPLES), (CHAIN, False, FEW_SAMPLES), (TREE, True, OF_A_BUG)],
     ids=["tree", "chain", "planted bug"],
 )
 def test_first_tokens_are_distributed_as_the_target_says(
