@@ -1,40 +1,94 @@
-"""What SGLang loads: puts this package's DFLASH in place of SGLang's own.
+"""What SGLang loads: puts this package's DFLASH in place of SGLang's own. Every hook and patch is registered here.
 
-SGLang calls `register` in every process it starts, before it reads its arguments.
+SGLang calls `register` in every process it starts, before it reads its arguments, whatever it is to serve: so what
+only DFLASH needs is imported when DFLASH is asked for.
 """
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_dflash import options
+from sglang_dflash import SGLANG, other_sglang
 from sglang_dflash.platforms import cpu, register_plain_attention
+
+logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Register the plain attention backend, and hook where SGLang decides about DFLASH: names, arguments, worker."""
+    """Register the plain attention backend, and hook where SGLang decides about DFLASH: names, arguments, worker.
+
+    SGLang applies what hooks it can and goes on without the others, so another release than ours is left alone whole.
+    """
+    if other := other_sglang():
+        if multiprocessing.parent_process() is None:
+            logger.warning(
+                "sglang_dflash is made for SGLang %s and changes nothing in this one, %s: SGLang serves DFLASH by "
+                "itself. For trees, pip install sglang==%s.", SGLANG, other, SGLANG,
+            )  # fmt: skip
+        return
     register_plain_attention()
     if cpu.activate():
-        from sglang_dflash.platforms.cpu import hooks
+        from sglang_dflash.platforms.cpu.hooks import HOOKS
 
-        hooks.register()
+        for target, (hook, kind) in HOOKS.items():
+            HookRegistry.register(target, hook, kind)
     HookRegistry.register(
-        "sglang.srt.server_args.ServerArgs.resolve_once", options.fill_in_embedded_pair, HookType.BEFORE
+        "sglang.srt.server_args.ServerArgs.resolve_once", _fill_in_embedded_pair, HookType.BEFORE
     )
     HookRegistry.register(
-        "sglang.srt.arg_groups.speculative_hook._handle_dflash", options.settle_arguments, HookType.AROUND
+        "sglang.srt.arg_groups.speculative_hook._handle_dflash", _settle_arguments, HookType.AROUND
     )
     HookRegistry.register(
         "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker", _create_worker, HookType.AROUND
     )
 
 
+def _fill_in_embedded_pair(server_args: Any) -> None:
+    from sglang_dflash import arguments
+
+    arguments.fill_in_embedded_pair(server_args)
+
+
+def _settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
+    from sglang_dflash import arguments
+
+    arguments.settle_arguments(original, server_args)
+
+
 def _create_worker(original: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
-    if not algorithm.is_dflash() or options.reason_to_hand_over(server_args):
+    from sglang_dflash import arguments
+
+    if not algorithm.is_dflash() or arguments.reason_to_hand_over(server_args):
         return original(algorithm, server_args)
+    _take_over()
     from sglang_dflash.worker import DFlashWorker
 
     return DFlashWorker
+
+
+def _take_over() -> None:
+    """What else changes in a process whose DFLASH is ours: the draft's network, and CUDA's attention and graphs."""
+    from sglang.srt.models.registry import ModelRegistry
+    from sglang.srt.platforms import current_platform
+
+    from sglang_dflash.draft.config import ARCHITECTURES
+    from sglang_dflash.draft.network import DFlashDraftModel
+
+    ModelRegistry.models.update(dict.fromkeys(ARCHITECTURES, DFlashDraftModel))
+    if current_platform.device_type == "cuda":
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        from sglang_dflash.platforms.cuda import FAST_ATTENTION, attention
+
+        register_attention_backend(FAST_ATTENTION)(attention.WindowAttentionBackend)
+        HookRegistry.register(
+            "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture",
+            attention.capture_both_ways,
+            HookType.AROUND,
+        )
+        HookRegistry.apply_hooks()

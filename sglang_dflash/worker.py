@@ -23,13 +23,14 @@ from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
 from torch import Tensor
 
 from sglang_dflash import kernels
-from sglang_dflash.draft.runner import DraftRunner, rows_of
+from sglang_dflash.arguments import options_of
 from sglang_dflash.metrics import step_metrics
-from sglang_dflash.options import Options
+from sglang_dflash.step.carry import Carry
+from sglang_dflash.step.commit import commit
+from sglang_dflash.step.draft_pass import DraftRunner, rows_of
+from sglang_dflash.step.sampling import adjust_logits, depth_limit, sample_nodes
+from sglang_dflash.step.window import Window, window_input
 from sglang_dflash.tree import DraftTree, Walk, walk
-from sglang_dflash.verify.carry import Carry
-from sglang_dflash.verify.sampling import adjust_logits, depth_limit, sample_nodes
-from sglang_dflash.verify.window import Window, window_input
 
 
 class DFlashWorker(BaseSpecWorker):
@@ -42,12 +43,9 @@ class DFlashWorker(BaseSpecWorker):
         super().__init__()
         self._target_worker = target_worker
         self.target = target_worker.model_runner
-        self.options = Options.of(server_args)
+        self.options = options_of(server_args)
         if self.target.device == "cuda":
-            from sglang_dflash.platforms.cuda import attention
-
             kernels.use_compiled()
-            attention.register()
             if self.target.dtype == torch.float32:  # asked for to be exact; SGLang's kernels are made for 16 bits
                 set_fused_op_backend(KernelBackend.TORCH)
         self.draft = DraftRunner(self.options, server_args, gpu_id, nccl_port, self.target)
@@ -140,7 +138,7 @@ class DFlashWorker(BaseSpecWorker):
         walked = self._sample_and_walk(batch, output, positions, tree, grammar_barrier)
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
-        self._commit(window, tree, walked, features)
+        commit(window, tree, walked, features, self._target_pools, self.draft)
         clock.done()
         return GenerationBatchResult(
             logits_output=output,
@@ -195,15 +193,6 @@ class DFlashWorker(BaseSpecWorker):
             output.next_token_logits = logits
             compute_spec_logprobs(batch, output, sampled.flatten(), accept_index=_walked_rows(walked, width))
         return walked
-
-    def _commit(self, window: Window, tree: DraftTree, walked: Walk, features: Tensor) -> None:
-        """Move the accepted rows of the target's KV to the window's front, and write their features as draft KV."""
-        source, destination, rows, positions, slots = kernels.commit_rows(
-            window.slots, window.prefix_lens, walked.nodes, walked.lens, tree.tokens.shape[1]
-        )
-        if not self.options.chain:
-            kernels.move_rows(self._target_pools, source, destination, len(walked.lens))
-        self.draft.write_context(features[rows], positions, slots)
 
 
 def _set_width(runner: Any, width: int) -> None:

@@ -228,12 +228,12 @@ def _ours(models: Models, tree: str, extra: list[str]) -> Server:
     """The server with this package's DFLASH for one --tree. Raises ValueError where it cannot be served."""
     args = [*models.dflash_args(None), *tree_args(tree), *extra]
     asked = _parsed(args, extra)
-    from sglang_dflash.options import Options, reason_to_hand_over  # SGLang must have been imported before
+    from sglang_dflash.arguments import options_of, reason_to_hand_over  # SGLang must have been imported before
 
     reason = reason_to_hand_over(asked)
     if reason:
         raise ValueError(f"{reason}: SGLang's own DFLASH would serve it, name it with --opponent instead")
-    options = Options.of(asked)
+    options = options_of(asked)
     return Server("ours", args, models.draft_name, options.nodes, options.depth, options.chain)
 
 

@@ -145,7 +145,7 @@ def _worker() -> Iterator[Finding]:
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_dflash import embedded, options
+    from sglang_dflash import arguments, embedded
 
     server_args = ServerArgs(
         model_path=str(embedded.target_path()),
@@ -157,7 +157,7 @@ def _worker() -> Iterator[Finding]:
     except Exception as error:  # whatever it is, it is the finding
         yield Finding("DFLASH worker", f"fails: {error!r}", REINSTALL)
         return
-    reason = options.reason_to_hand_over(server_args)
+    reason = arguments.reason_to_hand_over(server_args)
     yield Finding("DFLASH worker", _qualified(worker) + (f", because {reason}" if reason else ""))
 
 

@@ -6,12 +6,17 @@ import os
 
 import torch
 
+from sglang_dflash import other_sglang
+
 
 def activate() -> str | None:
     """Entry point of `sglang.srt.platforms`, asked at every SGLang start for a platform class.
 
-    Returns None where torch has a usable accelerator, or where the user asked for SGLang's own CPU engine.
+    Returns None where torch has a usable accelerator, where the user asked for SGLang's own CPU engine, or in another
+    SGLang than this package is made for.
     """
+    if other_sglang():
+        return None
     if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return None
     if torch.accelerator.current_accelerator(check_available=True) is not None:

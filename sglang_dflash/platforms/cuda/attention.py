@@ -10,32 +10,23 @@ Which way a pass goes is decided by the longest prefix that the host thinks poss
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from sglang.srt.layers.attention import flashattention_backend
-from sglang.srt.layers.attention.attention_registry import register_attention_backend
-from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
 from torch import Tensor
 
 from sglang_dflash import kernels
-from sglang_dflash.platforms.cuda import FAST_ATTENTION, SHORT_PREFIX, is_narrow
+from sglang_dflash.platforms.cuda import SHORT_PREFIX, is_narrow
 
 
-def register() -> None:
-    """In this process, runners that ask for FlashAttention-3 get the backend below, and graphs for both of its ways."""
-    register_attention_backend(FAST_ATTENTION)(WindowAttentionBackend)
-    capture = DecodeCudaGraphRunner.capture
-
-    @functools.wraps(capture)
-    def capture_both_ways(runner: Any) -> None:
-        if isinstance(runner.attn_backend, WindowAttentionBackend):
-            runner.attention_graph_variants = runner.attn_backend.ways(runner.captured_req_width)
-        capture(runner)
-
-    DecodeCudaGraphRunner.capture = capture_both_ways
+def capture_both_ways(capture: Callable[[Any], None], runner: Any) -> None:
+    """Around SGLang's capture of a runner's CUDA graphs: where a window pass has two ways, graphs of both."""
+    if isinstance(runner.attn_backend, WindowAttentionBackend):
+        runner.attention_graph_variants = runner.attn_backend.ways(runner.captured_req_width)
+    capture(runner)
 
 
 class Ways:

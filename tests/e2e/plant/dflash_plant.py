@@ -21,7 +21,7 @@ def register() -> None:
         HookRegistry.register("sglang_dflash.worker.walk", walk_preferring_the_draft, HookType.AROUND)
     else:
         HookRegistry.register(
-            "sglang_dflash.draft.runner.DraftRunner.draft", draft_from_answers, HookType.REPLACE
+            "sglang_dflash.step.draft_pass.DraftRunner.draft", draft_from_answers, HookType.REPLACE
         )
 
 

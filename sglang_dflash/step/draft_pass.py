@@ -10,21 +10,18 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
-from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.draft_parallel import model_draft_parallel_spec, resolve_draft_parallel_layout
 from sglang.srt.speculative.draft_worker_common import build_draft_tp_worker
 from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
 from torch import Tensor
 
-from sglang_dflash.draft.config import ARCHITECTURES
 from sglang_dflash.draft.lattice import build_lattice
-from sglang_dflash.draft.network import DFlashDraftModel
 from sglang_dflash.draft.selector import build_selector
 from sglang_dflash.kernels import Pools
 from sglang_dflash.options import Options
+from sglang_dflash.step.window import Window, window_input
 from sglang_dflash.tree import DraftTree, grow, grow_chain
-from sglang_dflash.verify.window import Window, window_input
 
 
 class DraftRunner:
@@ -34,7 +31,6 @@ class DraftRunner:
     """
 
     def __init__(self, options: Options, server_args: Any, gpu_id: int, nccl_port: int, target: Any) -> None:
-        ModelRegistry.models.update(dict.fromkeys(ARCHITECTURES, DFlashDraftModel))
         self.layout = resolve_draft_parallel_layout(
             model_draft_parallel_spec(
                 target.spec_aux_config.draft_model_config, spec_algorithm=target.spec_algorithm

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from sglang_dflash.draft.runner import DraftRunner
+from sglang_dflash.step.draft_pass import DraftRunner
 from sglang_dflash.tree import DraftTree
 
 

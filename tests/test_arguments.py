@@ -18,7 +18,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
 from sglang_dflash import embedded
-from sglang_dflash.options import Options, reason_to_hand_over, settle_arguments
+from sglang_dflash.arguments import options_of, reason_to_hand_over, settle_arguments
 
 MakeDraft = Callable[..., str]
 
@@ -142,14 +142,14 @@ def test_names_and_defaults_of_the_embedded_pair(pair: embedded.Pair) -> None:
 def test_what_arguments_mean(
     arguments: dict[str, Any], nodes: int, depth: int, block: int, window: int, chain: bool
 ) -> None:
-    options = Options.of(resolve(**arguments))
+    options = options_of(resolve(**arguments))
     got = (options.nodes, options.depth, options.block, options.window, options.chain)
     assert got == (nodes, depth, block, window, chain)
 
 
 def test_a_bidirectional_block_is_drafted_whole(make_draft: MakeDraft) -> None:
     draft = make_draft(dflash={"causal_head": False})
-    options = Options.of(resolve(speculative_draft_model_path=draft, speculative_num_draft_tokens=3))
+    options = options_of(resolve(speculative_draft_model_path=draft, speculative_num_draft_tokens=3))
     assert (options.nodes, options.depth, options.block, options.window) == (3, 3, 16, 16)
 
 
