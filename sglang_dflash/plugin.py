@@ -72,23 +72,33 @@ def _create_worker(original: Callable[..., Any], algorithm: Any, server_args: An
 
 
 def _take_over() -> None:
-    """What else changes in a process whose DFLASH is ours: the draft's network, and CUDA's attention and graphs."""
+    """What else changes in a process whose DFLASH is ours: the draft's network, the slots that a step takes, where its
+    runs end, and CUDA's attention and graphs.
+    """
     from sglang.srt.models.registry import ModelRegistry
     from sglang.srt.platforms import current_platform
 
     from sglang_dflash.draft.config import ARCHITECTURES
     from sglang_dflash.draft.network import DFlashDraftModel
+    from sglang_dflash.step import carry, results
 
     ModelRegistry.models.update(dict.fromkeys(ARCHITECTURES, DFlashDraftModel))
+    managers = "sglang.srt.managers"
+    around = {
+        f"{managers}.schedule_batch.ScheduleBatch._new_tokens_required_next_decode_spec_v2": carry.new_tokens_required,
+        f"{managers}.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._resolve_spec_v2_tokens":
+            results.settle_runs,
+        f"{managers}.scheduler_components.metrics_reporter.SchedulerMetricsReporter.update_spec_metrics":
+            results.count_live,
+    }  # fmt: skip
     if current_platform.device_type == "cuda":
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
         from sglang_dflash.platforms.cuda import FAST_ATTENTION, attention
 
         register_attention_backend(FAST_ATTENTION)(attention.WindowAttentionBackend)
-        HookRegistry.register(
-            "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture",
-            attention.capture_both_ways,
-            HookType.AROUND,
-        )
-        HookRegistry.apply_hooks()
+        runners = "sglang.srt.model_executor.runner"
+        around[f"{runners}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture"] = attention.capture_both_ways
+    for target, hook in around.items():
+        HookRegistry.register(target, hook, HookType.AROUND)
+    HookRegistry.apply_hooks()

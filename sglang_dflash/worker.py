@@ -28,7 +28,8 @@ from sglang_dflash.metrics import step_metrics
 from sglang_dflash.step.carry import Carry
 from sglang_dflash.step.commit import commit
 from sglang_dflash.step.draft_pass import DraftRunner, rows_of
-from sglang_dflash.step.sampling import adjust_logits, depth_limit, sample_nodes
+from sglang_dflash.step.results import StepResult
+from sglang_dflash.step.sampling import adjust_logits, sample_nodes
 from sglang_dflash.step.window import Window, window_input
 from sglang_dflash.tree import DraftTree, Walk, walk
 
@@ -84,7 +85,7 @@ class DFlashWorker(BaseSpecWorker):
         return (self.target.attn_backend, self.draft.runner.attn_backend)
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
-        self.metrics.step_done(num_correct_drafts_per_req)
+        self.metrics.step_done([drafts for drafts in num_correct_drafts_per_req if drafts >= 0])  # -1: ended before
 
     # -- the step --------------------------------------------------------------------------------------------------
 
@@ -135,12 +136,12 @@ class DFlashWorker(BaseSpecWorker):
         clock.verified()
         output = verified.logits_output
         features, output.hidden_states = output.hidden_states, None
-        walked = self._sample_and_walk(batch, output, positions, tree, grammar_barrier)
+        walked = self._sample_and_walk(batch, window, output, positions, tree, grammar_barrier)
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
         commit(window, tree, walked, features, self._target_pools, self.draft)
         clock.done()
-        return GenerationBatchResult(
+        return StepResult(
             logits_output=output,
             next_token_ids=walked.tokens.flatten(),
             accept_lens=walked.lens,
@@ -176,19 +177,19 @@ class DFlashWorker(BaseSpecWorker):
     def _sample_and_walk(
         self,
         batch: Any,
+        window: Window,
         output: Any,
         positions: Tensor,
         tree: DraftTree,
         grammar_barrier: Callable[[], None] | None,
     ) -> Walk:
         bs, width = tree.tokens.shape
-        limit = depth_limit(batch, self.options.depth)
         logits = output.next_token_logits
-        adjust_logits(logits.view(bs, width, -1), batch, tree.tokens[:, 0], limit, grammar_barrier)
+        adjust_logits(logits.view(bs, width, -1), batch, tree.tokens[:, 0], grammar_barrier)
         if batch.return_logprob:
             output.next_token_logits = logits.clone()  # sampling overwrites what it is given
         sampled = sample_nodes(self.target, output, batch.sampling_info, positions, width)
-        walked = walk(tree, sampled, limit)
+        walked = walk(tree, sampled, window.deepest)
         if batch.return_logprob:
             output.next_token_logits = logits
             compute_spec_logprobs(batch, output, sampled.flatten(), accept_index=_walked_rows(walked, width))

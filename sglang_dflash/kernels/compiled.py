@@ -121,15 +121,20 @@ def open_window(
     slot_table: Tensor,
     rows: Tensor,
     prefix_lens: Tensor,
+    held: Tensor,
+    most: Tensor,
     bonus_tokens: Tensor,
     mask_token: int,
     w: int,
     block: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bs = len(rows)
     slots, tokens, positions = (prefix_lens.new_empty(bs, width) for width in (w, block, block))
-    library().open_window(slot_table, rows, prefix_lens, bonus_tokens, mask_token, slots, tokens, positions)
-    return slots, tokens, positions
+    deepest = prefix_lens.new_empty(bs)
+    library().open_window(
+        slot_table, rows, prefix_lens, held, most, bonus_tokens, mask_token, slots, deepest, tokens, positions
+    )
+    return slots, deepest, tokens, positions
 
 
 def commit_rows(

@@ -35,22 +35,30 @@ def open_window(
     slot_table: Tensor,
     rows: Tensor,
     prefix_lens: Tensor,
+    held: Tensor,
+    most: Tensor,
     bonus_tokens: Tensor,
     mask_token: int,
     w: int,
     block: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The next w slots of each request, and the draft block that begins there.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The next w slots of each request, how far it may walk there, and the draft block that begins there.
 
     slot_table [requests, columns] int32: slots by position; rows [bs] int64: the batch's requests in it; prefix_lens
-    [bs] int64: committed tokens; bonus_tokens [bs] int64; block <= w. Returns slots [bs, w], the block's tokens
-    (bonus_tokens, then mask_token) and positions [bs, block], all int64.
+    [bs] int64: committed tokens; held [bs] int64, <= columns: slots that a request holds, counted from its first token;
+    most [bs] int64: tokens it may ever come to, committed, bonus and coming ones; bonus_tokens [bs] int64; block <= w.
+
+    Returns slots [bs, w], 0 (SGLang's sink) where the request holds none; how many drafted tokens it may accept [bs]:
+    with them and the sample after them it comes to no more than most, and none where it holds less than w slots; the
+    block's tokens (bonus_tokens, then mask_token) and positions [bs, block]. All int64.
     """
     positions = prefix_lens[:, None] + torch.arange(w, device=prefix_lens.device)
-    slots = slot_table[rows[:, None], positions].to(torch.int64)
+    holds = positions < held[:, None]
+    slots = slot_table[rows[:, None], positions.clamp(max=slot_table.shape[1] - 1)].to(torch.int64) * holds
+    deepest = torch.where(holds[:, -1], most - prefix_lens - 2, 0).clamp(min=0)
     tokens = torch.full((len(rows), block), mask_token, device=prefix_lens.device)
     tokens[:, 0] = bonus_tokens
-    return slots, tokens, positions[:, :block]
+    return slots, deepest, tokens, positions[:, :block]
 
 
 def commit_rows(

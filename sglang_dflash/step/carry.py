@@ -1,16 +1,27 @@
-"""What a request carries from one step to the next: its bonus token and its length."""
+"""What a request carries from step to step, its bonus token and its length; and the slots that its next step takes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
+from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from torch import Tensor
 
+from sglang_dflash.step.sampling import depends_on_history
+
 
 class Carry(DFlashDraftInputV2):
-    """The running batch's speculative state, in the shape SGLang's scheduler relays, filters and merges."""
+    """The running batch's speculative state, in the shape SGLang's scheduler relays, filters and merges.
+
+    bounds [2, bs] int64: of each request, the slots it holds, and the most tokens it may ever come to, prompt included;
+    0 where it is to take one token a step. Made for the next step alone.
+    """
+
+    bounds: Tensor
 
     @classmethod
     def of(cls, bonus_tokens: Tensor, new_seq_lens: Tensor) -> Carry:
@@ -28,4 +39,81 @@ class Carry(DFlashDraftInputV2):
         """Allocate the next window, and count the last tokens for penalties as plain decoding does."""
         if batch.sampling_info.penalizer_orchestrator.is_required:
             batch.cumulate_penalty_output_tokens()
-        super().prepare_for_decode(batch)
+        reqs = batch.reqs
+        if not reqs:
+            return
+        batch.maybe_evict_swa()
+        held = [req.kv.kv_allocated_len for req in reqs]
+        ends = _slots_after(batch, reqs)
+        most = [0 if depends_on_history(req) else _most_tokens(req) for req in reqs]
+        on_host = torch.tensor([held, ends, most], pin_memory=str(batch.device).startswith("cuda"))
+        on_device = on_host.to(batch.device, non_blocking=True)
+        self.bounds = on_device[1:]
+        self.nxt_kv_lens_cpu = on_host[1]
+        self.nxt_kv_lens_sum = sum(ends)
+        alloc_for_spec_decode(
+            batch.tree_cache,
+            batch.req_to_token_pool,
+            reqs=reqs,
+            req_pool_indices=batch.req_pool_indices,
+            cur_kv_lens=on_device[0],
+            cur_kv_lens_cpu=on_host[0],
+            nxt_kv_lens=on_device[1],
+            nxt_kv_lens_cpu=on_host[1],
+            num_needed_tokens=sum(ends) - sum(held),
+            batch=batch,
+        )
+        for req in reqs:
+            req.decode_batch_idx += 1
+        committed = [req.kv.kv_committed_len for req in reqs]
+        batch.seq_lens_cpu = torch.tensor(committed)  # what overlap knows better replaces it
+        batch.seq_lens_sum = sum(committed)
+
+
+def new_tokens_required(original: Any, batch: Any, requests: Sequence[Any], page_size: int) -> int:
+    """Around SGLang's count of the slots that the next step of these requests takes from the pool."""
+    alone = len(requests) == 1
+    wanted = [_least(batch, req) if alone else _wanted(batch, req) for req in requests]
+    held = [_pages(req.kv.kv_allocated_len, page_size) for req in requests]
+    return sum(_pages(end, page_size) for end in wanted) - sum(held)
+
+
+def _slots_after(batch: Any, reqs: Sequence[Any]) -> list[int]:
+    """How many slots each request holds once its next step is prepared.
+
+    The last request in a full pool gets what it may ever need: a window that has no room there is walked at its root.
+    """
+    page_size = batch.token_to_kv_pool_allocator.page_size
+    ends = [_wanted(batch, req) for req in reqs]
+    if len(reqs) == 1:
+        lacking = _pages(ends[0], page_size) - _pages(reqs[0].kv.kv_allocated_len, page_size)
+        if lacking > batch.token_to_kv_pool_allocator.available_size() + batch.tree_cache.evictable_size():
+            return [_least(batch, reqs[0])]
+    return ends
+
+
+def _wanted(batch: Any, req: Any) -> int:
+    """A window behind the committed prefix, and one more for the step whose result the host has not seen.
+
+    No more than the slot table has columns: a row's end is the next request's beginning. Columns reach a window beyond
+    the longest request, so the table cuts off only what the host's lag would take.
+    """
+    page_size = batch.token_to_kv_pool_allocator.page_size
+    room = batch.req_to_token_pool.req_to_token.shape[1] // page_size * page_size
+    end = _pages(req.kv.kv_committed_len + 2 * int(get_spec().speculative_num_draft_tokens), page_size)
+    return max(req.kv.kv_allocated_len, min(end, room))
+
+
+def _least(batch: Any, req: Any) -> int:
+    """No more than what the request may ever come to: at most what plain decoding would hold in the end."""
+    most = _pages(_most_tokens(req), batch.token_to_kv_pool_allocator.page_size)
+    return max(req.kv.kv_allocated_len, min(most, _wanted(batch, req)))
+
+
+def _most_tokens(req: Any) -> int:
+    return len(req.origin_input_ids) + int(req.sampling_params.max_new_tokens)
+
+
+def _pages(tokens: int, page_size: int) -> int:
+    """Slots of the whole pages that hold so many tokens."""
+    return -(-tokens // page_size) * page_size

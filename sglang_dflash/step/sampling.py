@@ -18,21 +18,11 @@ from torch import Tensor
 _PER_REQUEST = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed")
 
 
-def depth_limit(batch: Any, depth: int) -> Tensor | None:
-    """How deep each request's walk may go [bs] int64, or None where all may go the whole way.
+def depends_on_history(req: Any) -> bool:
+    """Whether a request's logits depend on the tokens before: penalties, grammars, custom logit processors.
 
-    Penalties, grammars and custom logit processors depend on the tokens before: such a request takes its one token
-    at the root, as plain decoding does, while the rest of the batch walks on.
+    Such a request takes its one token at the root, as plain decoding does, while the rest of the batch walks on.
     """
-    info = batch.sampling_info
-    penalised = info.acc_additive_penalties is not None or info.acc_scaling_penalties is not None
-    if not (batch.has_grammar or penalised or info.has_custom_logit_processor):
-        return None
-    limits = [0 if _depends_on_history(req) else depth for req in batch.reqs]
-    return torch.tensor(limits, dtype=torch.int64).to(info.temperatures.device, non_blocking=True)
-
-
-def _depends_on_history(req: Any) -> bool:
     params = req.sampling_params
     return bool(
         req.grammar is not None
@@ -48,18 +38,19 @@ def adjust_logits(
     logits: Tensor,
     batch: Any,
     bonus_tokens: Tensor,
-    limit: Tensor | None,
     grammar_barrier: Callable[[], None] | None,
 ) -> None:
     """Apply the batch's biases in place: logit bias at every node, what depends on history at the root alone.
 
-    logits [bs, w, V]; bonus_tokens [bs] int64: the roots; limit: as `depth_limit` gave it.
+    logits [bs, w, V]; bonus_tokens [bs] int64: the roots.
     """
     info = batch.sampling_info
-    free = logits if limit is None else logits[:, 1:]
+    penalised = info.acc_additive_penalties is not None or info.acc_scaling_penalties is not None
+    with_history = batch.has_grammar or penalised or info.has_custom_logit_processor
     if info.logit_bias is not None:
+        free = logits[:, 1:] if with_history else logits
         free += info.logit_bias[:, None]
-    if limit is None:
+    if not with_history:
         return
     mask = None
     if batch.has_grammar:

@@ -29,7 +29,8 @@ class WindowInput(DFlashVerifyInput):
 
 @dataclass(frozen=True)
 class Window:
-    """Where a step writes. prefix_lens [bs] int64: committed tokens; slots [bs, w] int64: KV slots behind them.
+    """Where a step writes. prefix_lens [bs] int64: committed tokens; slots [bs, w] int64: KV slots behind them, 0
+    (SGLang's sink) where a request holds none; deepest [bs] int64: how many drafted tokens each may accept.
 
     block_tokens, block_positions [bs, block] int64: what the draft reads there, the bonus token and masks.
     host_lens [bs] int64 on the host: no length after the step is greater; under overlap the host lags behind.
@@ -38,6 +39,7 @@ class Window:
 
     prefix_lens: Tensor
     slots: Tensor
+    deepest: Tensor
     block_tokens: Tensor
     block_positions: Tensor
     host_lens: Tensor
@@ -47,10 +49,11 @@ class Window:
     def open(cls, batch: Any, runner: Any, options: Options) -> Window:
         """The next slots of each request in the batch, allocated when the batch was prepared."""
         prefix_lens, width = batch.seq_lens, options.window
-        slots, block_tokens, block_positions = kernels.open_window(
+        slots, deepest, block_tokens, block_positions = kernels.open_window(
             runner.req_to_token_pool.req_to_token,
             batch.req_pool_indices,
             prefix_lens,
+            *batch.spec_info.bounds,
             batch.spec_info.bonus_tokens,
             options.draft.mask_token_id,
             width,
@@ -65,7 +68,7 @@ class Window:
             write_virtual=slots.flatten(),
             read_extent=width,
         )
-        return cls(prefix_lens, slots, block_tokens, block_positions, host_lens + width, plan)
+        return cls(prefix_lens, slots, deepest, block_tokens, block_positions, host_lens + width, plan)
 
 
 def window_input(tokens: Tensor, positions: Tensor, mask: Tensor, capture: CaptureHiddenMode) -> WindowInput:

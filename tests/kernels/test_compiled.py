@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,7 +129,23 @@ def test_walk_and_commit(n: int, d: int, limited: bool) -> None:
 def test_open_window(bs: int, w: int, block: int) -> None:
     slot_table = torch.randint(10_000, (bs + 2, 300), dtype=torch.int32)
     rows, prefix_lens = torch.randperm(bs + 2)[:bs], torch.randint(300 - w, (bs,))
-    agree("open_window", slot_table, rows, prefix_lens, torch.randint(40, (bs,)), 7, w, block)
+    prefix_lens[0] = 300 - w  # to the end of its row
+    held, most = (prefix_lens + torch.randint(2 * w, (bs,))).clamp(max=300), prefix_lens + torch.randint(40, (bs,))
+    held[0], most[-1] = 300, 0
+    agree("open_window", slot_table, rows, prefix_lens, held, most, torch.randint(40, (bs,)), 7, w, block)
+
+
+@pytest.mark.parametrize("ops", [plain, compiled])
+def test_a_window_without_room_writes_to_the_sink_and_is_walked_at_its_root(ops: Any) -> None:
+    slot_table = torch.arange(100, 140, dtype=torch.int32).view(2, 20)
+    prefix, bonus = torch.tensor([10, 18]), torch.tensor([7, 8])
+    open_window = functools.partial(ops.open_window, slot_table, torch.tensor([1, 0]), prefix)
+    slots, deepest, tokens, _ = open_window(torch.tensor([14, 20]), torch.tensor([19, 30]), bonus, 5, 4, 2)
+    assert slots.tolist() == [[130, 131, 132, 133], [118, 119, 0, 0]]  # past the row of 20 begins another's
+    assert deepest.tolist() == [7, 0]  # 10 committed, the bonus token, 7 drafted and a sample: 19
+    assert tokens.tolist() == [[7, 5], [8, 5]]
+    *_, no_more, _, _ = open_window(torch.tensor([14, 20]), torch.tensor([11, 0]), bonus, 5, 4, 2)
+    assert no_more.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("warps", [compiled.WARPS, 0], ids=["few tokens", "heads share warps"])

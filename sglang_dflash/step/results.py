@@ -1,0 +1,73 @@
+"""What a step's results come to on the host: a run of tokens ends where plain decoding would have ended it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.managers.utils import GenerationBatchResult
+
+
+@dataclass
+class StepResult(GenerationBatchResult):
+    """A step's results; `live`: requests that it counts for, None before the host has settled it."""
+
+    live: int | None = None
+
+    def get_num_generated_tokens(self, batch_size: int) -> int:
+        """Tokens emitted: of a request that had ended before, a pass that overlap ran all the same emits none."""
+        return self.num_correct_drafts + (batch_size if self.live is None else self.live)
+
+
+def settle_runs(
+    original: Callable[[Any, Any, Any], list[list[int]]], processor: Any, result: Any, batch: Any
+) -> list[list[int]]:
+    """Around SGLang's reading of the runs: cut each where its request ends, so that nothing behind is kept or counted.
+
+    A request that has ended, or was retracted, has a run of nothing.
+    """
+    stride = result.speculative_output_stride
+    tokens = result.next_token_ids.view(len(batch.reqs), stride).tolist()
+    lens = [
+        0 if req.finished() or req.is_retracted else emitted(req, run[:length])
+        for req, run, length in zip(batch.reqs, tokens, result.accept_lens.tolist(), strict=True)
+    ]
+    result.accept_lens = torch.tensor(lens, dtype=torch.int32)
+    result.live = sum(length > 0 for length in lens)
+    runs = original(processor, result, batch)
+    result.num_correct_drafts = sum(lens) - result.live
+    return runs
+
+
+def count_live(
+    original: Callable[..., None], reporter: Any, bs: int, num_correct_drafts: int, num_accept_tokens: int, **more: int
+) -> None:
+    """Around SGLang's counting of a step: each request that it counts for emitted one token that was not drafted."""
+    original(reporter, num_accept_tokens - num_correct_drafts, num_correct_drafts, num_accept_tokens, **more)
+
+
+def emitted(req: Any, run: list[int]) -> int:
+    """How many tokens of a run plain decoding would have emitted: it asks after each whether the request ends there."""
+    params = req.sampling_params
+    if not (params.stop_strs or params.stop_regex_strs) and _stop_ids(req).isdisjoint(run):
+        return len(run)
+    probe = copy.copy(req)
+    probe.output_ids = req.output_ids[:]
+    for count, token in enumerate(run, start=1):
+        probe.output_ids.append(token)
+        probe.update_finish_state()
+        if probe.finished():
+            return count
+    return len(run)
+
+
+def _stop_ids(req: Any) -> set[int]:
+    """Tokens at which the request may end."""
+    tokenizer = req.tokenizer
+    ids = {*(req.sampling_params.stop_token_ids or ()), *(req.eos_token_ids or ())}
+    if tokenizer is not None:
+        ids |= {tokenizer.eos_token_id, *(getattr(tokenizer, "additional_stop_token_ids", None) or ())}
+    return ids

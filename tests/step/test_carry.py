@@ -1,0 +1,118 @@
+"""Slots: what is reserved, what is asked of the pool beforehand, and what a step takes."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_dflash.step import carry
+
+CONTEXT = 96
+
+
+class Pool:
+    """A paged pool, seen from outside: how many slots are free."""
+
+    def __init__(self, slots: int, page_size: int) -> None:
+        self.page_size, self.free = page_size, slots // page_size * page_size
+
+    def available_size(self) -> int:
+        return self.free
+
+
+def make(prompt: int, max_new_tokens: int, **params: Any) -> Any:
+    values = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+    return SimpleNamespace(
+        origin_input_ids=[5] * prompt,
+        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens, **{**values, **params}),
+        kv=SimpleNamespace(kv_allocated_len=prompt, kv_committed_len=prompt),
+        grammar=None,
+        custom_logit_processor=None,
+        decode_batch_idx=0,
+    )
+
+
+def batch_of(reqs: list[Any], pool: Pool, columns: int) -> Any:
+    return SimpleNamespace(
+        reqs=reqs,
+        device="cpu",
+        sampling_info=SimpleNamespace(penalizer_orchestrator=SimpleNamespace(is_required=False)),
+        token_to_kv_pool_allocator=pool,
+        tree_cache=SimpleNamespace(evictable_size=lambda: 0),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(len(reqs), columns)),
+        req_pool_indices=torch.arange(len(reqs)),
+        maybe_evict_swa=lambda: None,
+    )
+
+
+def prepare(monkeypatch: pytest.MonkeyPatch, batch: Any, window: int) -> carry.Carry:
+    """Prepare a step on this batch, with an allocator that only keeps the books."""
+    pool = batch.token_to_kv_pool_allocator
+
+    def alloc(*args: Any, reqs: list[Any], nxt_kv_lens_cpu: torch.Tensor, **more: Any) -> None:
+        for req, end in zip(reqs, nxt_kv_lens_cpu.tolist(), strict=True):
+            pool.free -= carry._pages(end, pool.page_size) - carry._pages(req.kv.kv_allocated_len, pool.page_size)
+            req.kv.kv_allocated_len = end
+        assert pool.free >= 0
+
+    monkeypatch.setattr(carry, "alloc_for_spec_decode", alloc)
+    monkeypatch.setattr(carry, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=window))
+    made = carry.Carry.of(torch.zeros(len(batch.reqs)), torch.zeros(len(batch.reqs)))
+    made.prepare_for_decode(batch)
+    return made
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("window", [1, 4, 16, 64])
+def test_what_is_taken_was_asked_for_and_stays_in_its_row(
+    monkeypatch: pytest.MonkeyPatch, window: int, page_size: int
+) -> None:
+    """Requests run to the context's end in a large pool; the host lags a step behind, as under overlap."""
+    rng = random.Random(window * page_size)
+    columns = CONTEXT + 4 + window if page_size == 1 else CONTEXT + 2 * window + page_size - 1  # SGLang's own
+    reqs = [make(prompt, CONTEXT - 2 - prompt) for prompt in (1, 30, 90)]
+    true = [len(r.origin_input_ids) for r in reqs]
+    batch = batch_of(reqs, Pool(10_000, page_size), columns)
+    while any(t < CONTEXT - 3 for t in true):
+        monkeypatch.setattr(carry, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=window))
+        asked, before = carry.new_tokens_required(None, batch, reqs, page_size), batch.token_to_kv_pool_allocator.free
+        made = prepare(monkeypatch, batch, window)
+        assert before - batch.token_to_kv_pool_allocator.free <= asked
+        for i, req in enumerate(reqs):
+            held, most = made.bounds[:, i].tolist()
+            assert held == req.kv.kv_allocated_len <= columns
+            assert true[i] + window <= held, "every window has room"
+            req.kv.kv_committed_len = true[i]  # the host learns of the step before
+            if true[i] < most - 1:  # else it has ended, and overlap runs a pass more
+                true[i] += min(rng.randint(1, window), most - true[i] - 2 + 1)
+            assert true[i] < most == CONTEXT - 2
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_the_last_request_fills_the_pool(monkeypatch: pytest.MonkeyPatch, page_size: int) -> None:
+    window, slots = 16, 64
+    req = make(40, slots - 2 - 40)
+    pool = Pool(slots, page_size)
+    pool.free -= carry._pages(40, page_size)
+    batch = batch_of([req], pool, 500)
+    monkeypatch.setattr(carry, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=window))
+    assert carry.new_tokens_required(None, batch, [req], page_size) <= pool.free
+    held, most = prepare(monkeypatch, batch, window).bounds[:, 0].tolist()
+    assert most == 62 <= held <= slots
+
+
+def test_two_requests_in_a_full_pool_are_not_both_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carry, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=16))
+    reqs = [make(40, 100), make(40, 100)]
+    batch = batch_of(reqs, Pool(90, 1), 500)
+    batch.token_to_kv_pool_allocator.free -= 80
+    assert carry.new_tokens_required(None, batch, reqs, 1) == 64 > 10
+
+
+def test_a_request_whose_logits_depend_on_history_walks_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of([make(8, 20), make(8, 20, frequency_penalty=0.5)], Pool(1000, 1), 500)
+    assert prepare(monkeypatch, batch, 4).bounds[1].tolist() == [28, 0]

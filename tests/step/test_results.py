@@ -1,0 +1,103 @@
+"""A run ends where plain decoding would have ended it, with SGLang's own requests and finish rules."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from sglang_dflash import embedded
+from sglang_dflash.step.results import StepResult, count_live, emitted, settle_runs
+
+TEXT = "Take 3 apples a day.\nThen add: 4 + 5 = 9.\n\nAnd stop, please; or go on (as you like)."
+
+
+@pytest.fixture(scope="module")
+def tokenizer(pair: embedded.Pair) -> PreTrainedTokenizerBase:
+    return get_tokenizer(str(pair.target))
+
+
+def request(tokenizer: Any, **params: Any) -> Req:
+    sampling = SamplingParams(**{"max_new_tokens": 100, **params})
+    sampling.normalize(tokenizer)
+    req = Req("r", "", [1, 2], sampling, eos_token_ids={0}, vocab_size=49152)
+    req.tokenizer = tokenizer
+    return req
+
+
+def one_by_one(req: Req, ids: list[int]) -> tuple[list[int], Any]:
+    """Plain decoding: its tokens and why it ended."""
+    for token in ids:
+        req.output_ids.append(token)
+        req.update_finish_state()
+        if req.finished():
+            break
+    return list(req.output_ids_through_stop), req.finished_reason and req.finished_reason.to_json()
+
+
+def in_runs(req: Req, ids: list[int], rng: random.Random) -> tuple[list[int], Any]:
+    """Speculative decoding, as SGLang reads a run after ours has cut it."""
+    at = 0
+    while at < len(ids) and not req.finished():
+        run = ids[at : at + rng.randint(1, 9)]
+        run = run[: emitted(req, run)]
+        req.output_ids.extend(run)
+        req.update_finish_state(len(run))
+        at += len(run)
+    return list(req.output_ids), req.finished_reason and req.finished_reason.to_json()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"stop": ["\n"]},
+        {"stop": ["9.", " a", "\n"]},
+        {"stop": ["please", "add"], "stop_regex": [r"\d \+ \d"]},
+        {"stop_regex": [r"stop, \w+;", r"= \d"]},
+        {"stop_token_ids": "4"},
+        {"stop_token_ids": "9", "stop": [".\n\nAnd", " ="]},
+        {"stop_token_ids": "4", "ignore_eos": True},
+        {"stop": ["never"]},
+    ],
+    ids=str,
+)
+def test_runs_end_where_plain_decoding_ends(tokenizer: PreTrainedTokenizerBase, params: dict[str, Any]) -> None:
+    ids = tokenizer.encode(TEXT)
+    if digit := params.get("stop_token_ids"):
+        params = {**params, "stop_token_ids": [tokenizer.encode(digit)[-1]]}
+    for end in (None, 11, 23):
+        told = [*ids[:end], *([] if end is None else [0]), *ids[:8]]
+        expected = one_by_one(request(tokenizer, **params), told)
+        for seed in range(6):
+            assert in_runs(request(tokenizer, **params), told, random.Random(seed)) == expected
+
+
+def test_what_is_behind_an_end_counts_nowhere(tokenizer: PreTrainedTokenizerBase) -> None:
+    ended, retracted, stops, goes_on = (request(tokenizer, stop=["\n"]) for _ in range(4))
+    ended.output_ids.extend(tokenizer.encode("a\n"))
+    ended.update_finish_state(len(ended.output_ids))
+    retracted.is_retracted = True
+    run = tokenizer.encode("so\nit is")
+    batch = SimpleNamespace(reqs=[ended, retracted, stops, goes_on])
+    result = StepResult(
+        next_token_ids=torch.tensor([run] * 3 + [tokenizer.encode("and it is so far")[: len(run)]]).flatten(),
+        accept_lens=torch.tensor([4, 4, 4, 3], dtype=torch.int32),
+        speculative_output_stride=len(run),
+    )
+
+    def original(processor: Any, result: Any, batch: Any) -> list[list[int]]:
+        result.num_correct_drafts = int((result.accept_lens - 1).sum())  # as SGLang adds them up
+        return [run[:length] for length in result.accept_lens.tolist()]
+
+    assert settle_runs(original, None, result, batch) == [[], [], run[:2], run[:3]]
+    assert (result.num_correct_drafts, result.get_num_generated_tokens(4)) == (3, 5)
+    told: list[Any] = []
+    count_live(lambda *args, **more: told.append((*args, more)), None, 4, 3, num_accept_tokens=5, num_cap_tokens=0)
+    assert told == [(None, 2, 3, 5, {"num_cap_tokens": 0})]
