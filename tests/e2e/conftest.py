@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from client import Body, generate
-from prompts import SETTINGS, chats, long_chats
+from prompts import CONTEXT, SETTINGS, chats, chats_below, long_chats
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -63,11 +63,14 @@ def planted(what: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Plain:
-    """Greedy answers without speculation: to 48 short and 8 long prompts, and to one prompt in many settings."""
+    """Greedy answers without speculation: to 48 short and 8 long prompts, to one prompt in many settings, and to two
+    prompts that leave little of a small context.
+    """
 
     short: list[Body]
     long: list[Body]
     settings: list[Body]
+    to_the_end: list[Body]
 
 
 @pytest.fixture(scope="session")
@@ -81,13 +84,22 @@ def long_bodies(tokenizer: PreTrainedTokenizerBase) -> list[Body]:
 
 
 @pytest.fixture(scope="session")
-def plain(serve: Serve, short_bodies: list[Body], long_bodies: list[Body]) -> Plain:
+def to_the_end(tokenizer: PreTrainedTokenizerBase) -> list[Body]:
+    """Two prompts that all but fill a context of CONTEXT tokens, each answered to its very end."""
+    prompts = [ids[-(CONTEXT - left) :] for ids, left in zip(chats_below(tokenizer, 4000, 2), (50, 41), strict=True)]
+    bodies = [_greedy(ids, CONTEXT - 2 - len(ids)) for ids in prompts]
+    return [{**b, "sampling_params": {**b["sampling_params"], "ignore_eos": True}} for b in bodies]
+
+
+@pytest.fixture(scope="session")
+def plain(serve: Serve, short_bodies: list[Body], long_bodies: list[Body], to_the_end: list[Body]) -> Plain:
     """What a server without speculation answers. Logprobs come along, to tell a tie from an error."""
     with serve("--enable-custom-logit-processor") as url:
         settings = generate(url, [{**short_bodies[0], **setting} for setting in SETTINGS.values()], 4)
-        asked = [{**b, "return_logprob": True, "top_logprobs_num": 2} for b in (*short_bodies, *long_bodies)]
-        answers = generate(url, asked, 32)
-    return Plain(answers[: len(short_bodies)], answers[len(short_bodies) :], settings)
+        asked = [*short_bodies, *long_bodies, *to_the_end]
+        answers = generate(url, [{**body, "return_logprob": True, "top_logprobs_num": 2} for body in asked], 32)
+    short, long = len(short_bodies), len(short_bodies) + len(long_bodies)
+    return Plain(answers[:short], answers[short:long], settings, answers[long:])
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from sglang_dflash.cli.load import chat_ids, gsm8k
 
 SHORT, LONG = 48, 8
+CONTEXT = 2048  # of the server whose context is small
 
 
 def chats(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -58,7 +59,10 @@ SETTINGS: dict[str, dict[str, object]] = {
     "json schema": _params(json_schema=json.dumps(_SCHEMA)),
     "regex": _params(regex=r"(Yes|No), because [a-z ]{5,40}\."),
     "stop string": _params(stop=["per day"]),
+    "stop strings, the likelier last": _params(stop=["per day", " eggs", "\n", "."]),
+    "stop regex": _params(stop_regex=[r"\d+ \w+s\b"], max_new_tokens=96),
     "stop token": _params(stop_token_ids=[30]),
+    "stop token before a stop string": _params(stop_token_ids=[28, 30], stop=[" she", " She", "\n", " and"]),
     "end ignored": _params(ignore_eos=True, max_new_tokens=400),
     "one token": _params(max_new_tokens=1),
     "two tokens": _params(max_new_tokens=2),

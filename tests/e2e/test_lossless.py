@@ -12,6 +12,7 @@ import httpx
 import pytest
 from client import Body, accept_length, generate
 from conftest import Plain, Serve
+from prompts import CONTEXT
 
 from sglang_dflash import embedded
 
@@ -37,7 +38,9 @@ CASES = {
     "tree 3, paged, no overlap": Case(
         "--speculative-num-draft-tokens 3 --page-size 16 --disable-overlap-schedule", 32, kind=(3, 3)
     ),
-    "tree 63, no radix": Case("--speculative-num-draft-tokens 63 --disable-radix-cache", 8, short=16, long=2),
+    "tree 63, no radix": Case(
+        f"--speculative-num-draft-tokens 63 --disable-radix-cache --context-length {CONTEXT}", 8, short=16, long=2
+    ),
     "chain, alone, paged, no radix": Case(
         "--speculative-num-draft-tokens 7 --speculative-eagle-topk 1 --page-size 16 --disable-radix-cache",
         1, short=12, long=2, kind=(None, 7),
@@ -111,6 +114,21 @@ def test_a_prefix_hit_accepts_as_the_cold_prompt_does(case: Case, server: str, l
     assert hit["meta_info"]["cached_tokens"] > 1400
     assert hit["output_ids"] == cold["output_ids"]
     assert accept_length([hit]) == pytest.approx(accept_length([cold]), rel=0.02)
+
+
+def test_the_end_of_the_context_ends_an_answer_alone(
+    case: Case, server: str, plain: Plain, to_the_end: list[Body]
+) -> None:
+    """In a pool larger than the context: a step that reached further would write into another request's slots."""
+    if "context-length" not in case.args:
+        return
+    short = {"input_ids": [300] * 40, "sampling_params": {"temperature": 0, "max_new_tokens": 24}}
+    *answers, beside = generate(server, [*to_the_end, short], 4)
+    for answer, body, truth in zip(answers, to_the_end, plain.to_the_end, strict=True):
+        assert not same_or_tied(answer, truth)
+        assert answer["meta_info"]["finish_reason"]["type"] == "length"
+        assert len(answer["output_ids"]) == CONTEXT - 2 - len(body["input_ids"])  # as many as plain decoding gives
+    assert generate(server, [short], 1)[0]["output_ids"] == beside["output_ids"]
 
 
 def same_or_tied(answer: Body, truth: Body) -> bool:
