@@ -6,22 +6,51 @@ own worker, decided here as well. The step never asks again.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sglang_dflash import embedded
-from sglang_dflash.draft.checkpoint import check_tensors, tensor_shapes_on_disk
+from sglang_dflash.checkpoints import Checkpoint
+from sglang_dflash.draft.checkpoint import check_tensors
 from sglang_dflash.draft.config import DraftConfig
+from sglang_dflash.kernels import limits
 from sglang_dflash.options import Options
 from sglang_dflash.platforms import PLAIN_ATTENTION, cuda, other_attention
+from sglang_dflash.targets import Target
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_NODES = 15
 DEFAULT_DEPTH = 8
 TOP_K = 16  # candidates a position where the checkpoint names none
+
+# Processes and devices: one serves.
+SIZES = ("tp_size", "pp_size", "dp_size", "attn_dp_size", "attn_cp_size", "dcp_size")
+# Servers in parts, and memory pools other than one row a slot.
+HANDED_OVER = (
+    "enable_pdmux",
+    "enable_two_batch_overlap",
+    "enable_page_major_kv_layout",
+    "enable_unified_memory",
+    "enable_hisparse",
+    "enable_kv_cache_sharding",
+)
+# What SGLang reads for other ways to speculate, the value at which it asks for nothing, and why it has no effect here.
+_SAMPLED = "a drafted token is accepted if and only if the target sampled just this"
+WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
+    "speculative_accept_threshold_single": (1.0, _SAMPLED),
+    "speculative_accept_threshold_acc": (1.0, _SAMPLED),
+    "speculative_use_rejection_sampling": (False, _SAMPLED),
+    "speculative_use_block_verification": (False, _SAMPLED),
+    "speculative_adaptive": (False, "the tree's size and depth are fixed"),
+    "speculative_adaptive_config": (None, "the tree's size and depth are fixed"),
+    "speculative_token_map": (None, "the draft uses the target's whole vocabulary"),
+    "speculative_draft_sink_size": (None, "the draft sees its whole context"),
+    "speculative_domino_candidate_pool_size": (2048, "the draft is no Domino draft"),
+}
 
 
 def options_of(server_args: Any) -> Options:
@@ -46,8 +75,31 @@ def options_of(server_args: Any) -> Options:
             f"a chain (--speculative-eagle-topk 1) of {nodes} tokens (--speculative-num-draft-tokens) is longer "
             f"than the {depth} positions drafted; ask for {depth} or fewer, or for a tree"
         )
+    top_k = min(draft.selector_top_k or TOP_K, draft.vocab_size)
+    paths = sum(top_k**level for level in range(1, depth + 1))
+    if server_args.speculative_num_draft_tokens is None:
+        nodes = min(nodes, paths)
+    _check_bounds(nodes, depth, top_k, paths)
     block = 1 if nodes == 0 else depth + 1 if draft.causal else draft.block_size
-    return Options(draft, nodes, depth, block, chain, min(draft.selector_top_k or TOP_K, draft.vocab_size))
+    return Options(draft, nodes, depth, block, chain, top_k)
+
+
+def _check_bounds(nodes: int, depth: int, top_k: int, paths: int) -> None:
+    if top_k > limits.CANDIDATES:
+        raise ValueError(
+            f"the draft's selector_top_k {top_k} is above {limits.CANDIDATES}, the most candidates a position that a "
+            f"tree is grown from: set it to {limits.CANDIDATES} or less in the draft's config.json"
+        )
+    if nodes > limits.NODES:
+        raise ValueError(
+            f"--speculative-num-draft-tokens {nodes} is above {limits.NODES}, the most nodes of a tree: "
+            f"ask for {limits.NODES} or fewer"
+        )
+    if nodes > paths:
+        raise ValueError(
+            f"--speculative-num-draft-tokens {nodes} is above {paths}, all the paths of {top_k} candidates a position "
+            f"in {depth} positions: ask for {paths} nodes or fewer, or for more positions (--speculative-num-steps)"
+        )
 
 
 def _asked_depth(server_args: Any, longest: int) -> int | None:
@@ -106,10 +158,14 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
     if reason:
         logger.info("DFLASH: served by SGLang's own worker, because %s.", reason)
         return original(server_args)
+    chosen = options_of(server_args)
     if on_cpu:
         _check_attention(server_args)
-    chosen = options_of(server_args)
+    else:
+        _check_shared_memory(chosen)
     _check_draft(server_args, chosen.draft)
+    for line in _said_at_start(server_args):
+        logger.info("DFLASH: %s.", line)
     logger.info(
         "DFLASH: %s of %d nodes, %d deep, drafted in blocks of %d.",
         "chain" if chosen.chain else "tree",
@@ -125,9 +181,44 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         speculative_num_steps=1,
         speculative_eagle_topk=1,
         speculative_dflash_block_size=None,
+        speculative_draft_model_quantization=None,  # SGLang lets a draft inherit its target's
         **({} if on_cpu else _settled_on_cuda(server_args)),
     )
-    return original(server_args)
+    original(server_args)
+    # SGLang reads it no more: what remains of it is a path's length, by which accept rates are told (metrics.py).
+    declare_resolution(server_args, "sglang_dflash", speculative_dflash_block_size=chosen.depth + 1)
+
+
+def _said_at_start(server_args: Any) -> Iterator[str]:
+    """Arguments that mean another thing here than in SGLang, or nothing."""
+    topk = server_args.speculative_eagle_topk
+    if topk not in (None, 1):
+        yield f"--speculative-eagle-topk {topk} asks for a tree, as no value does; only 1, a chain, is told apart"
+    for field, (neutral, why) in WITHOUT_EFFECT.items():
+        value = getattr(server_args, field)
+        if value != neutral:
+            yield f"{_option(server_args, field)} has no effect: {why}"
+
+
+def _option(arguments: Any, field: str) -> str:
+    """The option as the user types it; one that takes no value is named alone."""
+    value, name = getattr(arguments, field), f"--{field.replace('_', '-')}"
+    return name if value is True else f"{name} {value}"
+
+
+def _check_shared_memory(chosen: Options) -> None:
+    """Some GPUs have too little of it for deep lattices of many candidates, or for wide codebooks."""
+    import torch
+
+    there = torch.cuda.get_device_properties().shared_memory_per_block_optin
+    needed = limits.shared_memory(chosen.nodes, chosen.depth, chosen.top_k, chosen.draft.selector_rank)
+    if needed > there:
+        raise ValueError(
+            f"{chosen.depth} positions of {chosen.top_k} candidates with a selector of rank "
+            f"{chosen.draft.selector_rank} take {needed} bytes of a GPU's shared memory, and this one has {there} a "
+            "block: ask for fewer positions (--speculative-num-steps), or lower selector_top_k in the draft's "
+            "config.json"
+        )
 
 
 def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
@@ -156,62 +247,115 @@ def _check_attention(server_args: Any) -> None:
 
 
 def _check_draft(server_args: Any, draft: DraftConfig) -> None:
-    target = _target_config(server_args)
+    target = _target(server_args)
     draft.check(
-        hidden_size=target["hidden_size"],
-        vocab_size=target["vocab_size"],
-        num_layers=target["num_hidden_layers"],
+        hidden_size=target.hidden_size, vocab_size=target.vocab_size, num_layers=target.num_layers
     )
-    path = Path(server_args.speculative_draft_model_path)
-    if path.is_dir():
-        check_tensors(path, draft)
+    checkpoint = _draft_checkpoint(server_args)
+    if shapes := checkpoint.tensor_shapes():
+        check_tensors(shapes, draft, source=checkpoint.path)
 
 
 def reason_to_hand_over(server_args: Any) -> str:
-    """Why SGLang's own DFLASH worker serves this, or nothing where ours does."""
+    """Why SGLang's own DFLASH worker serves this, or nothing where ours does.
+
+    Asked again in every process: what it reads must not change once DFLASH's arguments are settled.
+    """
+    return next(_reasons(server_args), "")
+
+
+def _reasons(server_args: Any) -> Iterator[str]:
     from sglang.srt.platforms import current_platform
 
-    path, draft = Path(server_args.speculative_draft_model_path), _draft_config(server_args)
-    who, reason = draft.served_by(tensor_shapes_on_disk(path) if path.is_dir() else ())
+    checkpoint, draft = _draft_checkpoint(server_args), _draft_config(server_args)
+    who, reason = draft.served_by(checkpoint.tensor_shapes() if not draft.unserved else ())
     if who != "ours":
-        return f"the draft has {reason}"
-    for size in ("tp_size", "pp_size", "dp_size", "attn_cp_size"):
-        if (getattr(server_args, size, None) or 1) > 1:
-            return f"--{size.replace('_', '-')} {getattr(server_args, size)} is more than one"
-    if server_args.speculative_draft_window_size is not None:
-        return "--speculative-draft-window-size asks for a windowed draft cache"
+        yield f"the draft has {reason}"
+    if Path(checkpoint.path, "mask_embedding.pt").exists():
+        yield "the draft has a trained mask embedding (mask_embedding.pt)"
+    yield from _reasons_in_arguments(server_args)
+    target = _target(server_args)
+    if target.unserved:
+        yield target.unserved
     if current_platform.device_type == "cpu":
-        return ""
-    if current_platform.device_type != "cuda":
-        return f"trees run on CUDA and on a plain CPU, not on {current_platform.device_name!r}"
-    return _reason_on_cuda(server_args, draft)
+        if target.quantization:
+            yield f"the target is quantised ({target.quantization})"
+        if _lora_modules(server_args) is not None:
+            yield "LoRA adapters are asked for"
+    elif current_platform.device_type != "cuda":
+        yield f"trees run on CUDA and on a plain CPU, not on {current_platform.device_name!r}"
+    elif reason := _reason_on_cuda(server_args, draft, target):
+        yield reason
 
 
-def _reason_on_cuda(server_args: Any, draft: DraftConfig) -> str:
+def _reasons_in_arguments(server_args: Any) -> Iterator[str]:
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    view = resolving_view(server_args)
+    for size in SIZES:
+        if (getattr(view, size) or 1) > 1:
+            yield f"{_option(view, size)} is more than one"
+    if view.disaggregation_mode != "null":
+        yield f"{_option(view, 'disaggregation_mode')} sends keys and values to another server"
+    if view.enable_deterministic_inference:
+        yield "--enable-deterministic-inference asks for sums that do not depend on the batch"
+    for flag in HANDED_OVER:
+        if getattr(server_args, flag):
+            yield f"{_option(server_args, flag)} is asked for"
+    if server_args.speculative_draft_window_size is not None:
+        yield f"{_option(server_args, 'speculative_draft_window_size')} asks for a windowed draft cache"
+    if server_args.speculative_draft_model_quantization not in (None, "unquant"):
+        yield f"{_option(server_args, 'speculative_draft_model_quantization')} asks for a quantised draft"
+    if server_args.speculative_draft_kv_cache_dtype not in (None, "auto"):
+        yield f"{_option(server_args, 'speculative_draft_kv_cache_dtype')} asks for a draft cache of its own type"
+    tables = sorted({"all", "embed_tokens", "lm_head"} & set(_lora_modules(server_args) or ()))
+    if tables:
+        yield f"LoRA adapters change the embedding or the head ({tables[0]})"
+
+
+def _lora_modules(server_args: Any) -> set[str] | None:
+    """Modules that LoRA adapters change, as far as options and local adapters name them; None without LoRA."""
+    adapters = server_args.lora_paths or ()
+    if server_args.enable_lora is False or not (server_args.enable_lora or adapters):
+        return None
+    modules = set(server_args.lora_target_modules or ())
+    for adapter in adapters.values() if isinstance(adapters, dict) else adapters:
+        path = str(adapter["lora_path"] if isinstance(adapter, dict) else getattr(adapter, "lora_path", adapter))
+        file = Path(path.partition("=")[2] or path) / "adapter_config.json"
+        if file.is_file():
+            named = json.loads(file.read_text(encoding="utf-8")).get("target_modules") or ()
+            modules |= {named} if isinstance(named, str) else set(named)
+    return modules
+
+
+def _reason_on_cuda(server_args: Any, draft: DraftConfig, target: Target) -> str:
     from sglang.srt.arg_groups.overrides import resolving_view
     from torch.cuda import get_device_capability
 
-    return cuda.unserved(
-        server_args, resolving_view(server_args), draft, _target_config(server_args), get_device_capability()
-    )
+    return cuda.unserved(server_args, resolving_view(server_args), draft, target, get_device_capability())
+
+
+def _draft_checkpoint(server_args: Any) -> Checkpoint:
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    view = resolving_view(server_args)
+    return Checkpoint(view.speculative_draft_model_path, view.speculative_draft_model_revision, view.download_dir)
 
 
 def _draft_config(server_args: Any) -> DraftConfig:
-    path = server_args.speculative_draft_model_path
-    return (
-        DraftConfig.load(path)
-        if Path(path).is_dir()
-        else DraftConfig.from_dict(_config_dict(server_args, path))
-    )
-
-
-def _target_config(server_args: Any) -> dict[str, Any]:
-    config = _config_dict(server_args, server_args.model_path)
-    return config.get("text_config") or config
-
-
-def _config_dict(server_args: Any, path: str) -> dict[str, Any]:
-    """A checkpoint's config from wherever SGLang finds checkpoints."""
+    checkpoint = _draft_checkpoint(server_args)
+    folder = checkpoint.folder()
+    if folder is not None:
+        return DraftConfig.load(folder)
     from sglang.srt.utils.hf_transformers_utils import get_config
 
-    return get_config(path, trust_remote_code=server_args.trust_remote_code).to_dict()
+    found = get_config(checkpoint.path, server_args.trust_remote_code, revision=checkpoint.revision)
+    return DraftConfig.from_dict(found.to_dict())
+
+
+def _target(server_args: Any) -> Target:
+    from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+
+    view = resolving_view(server_args)
+    checkpoint = Checkpoint(view.model_path, view.revision, view.download_dir)
+    return Target.of(model_config_of(server_args), checkpoint, view.kv_cache_dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -101,8 +102,38 @@ class NoMetrics:
         pass
 
 
-def step_metrics(options: Options, target: Any, enabled: bool) -> StepMetrics | NoMetrics:
-    """Metrics of a worker, labelled with the target's name as SGLang's own are."""
-    if not enabled:
-        return NoMetrics()
-    return StepMetrics(options, {"model_name": target.model_config.model_path}, target.device == "cuda")
+def step_metrics(options: Options, server_args: Any, on_gpu: bool, enabled: bool) -> StepMetrics | NoMetrics:
+    """Metrics of a worker, with the labels of SGLang's own."""
+    return StepMetrics(options, sglangs_labels(server_args), on_gpu) if enabled else NoMetrics()
+
+
+def sglangs_labels(server_args: Any) -> dict[str, str]:
+    """The labels of the scheduler's metrics, asked of the function of SGLang that makes both."""
+    from sglang.srt.observability.metrics_collector import SchedulerMetricsCollector
+    from sglang.srt.runtime_context import get_observability, get_schedule
+
+    class Labels(SchedulerMetricsCollector):
+        def __init__(self, labels: dict[str, str], **_: Any) -> None:
+            self.labels = labels
+
+    with get_observability().override(stat_loggers=None):  # else it makes the user's collector
+        context = Labels.init_new(
+            server_args=server_args,
+            enable_priority_scheduling=get_schedule().enable_priority_scheduling,
+            enable_lora=False,
+            enable_hierarchical_cache=False,
+        )
+    return context.collector.labels
+
+
+def by_path(report: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around SGLang's reports of an accept rate: accepted drafts over the positions of a path, drafted in each step.
+
+    SGLang divides by the window less the bonus token, and a tree's window holds more than a path can.
+    """
+    from sglang.srt.runtime_context import get_spec
+
+    spec = get_spec()
+    path = spec.speculative_dflash_block_size or spec.speculative_num_draft_tokens  # with the bonus token
+    with spec.override(speculative_num_draft_tokens=path):
+        return report(*args, **kwargs)

@@ -6,6 +6,7 @@ only DFLASH needs is imported when DFLASH is asked for.
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
 from collections.abc import Callable
@@ -14,13 +15,13 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_dflash import SGLANG, other_sglang
-from sglang_dflash.platforms import cpu, register_plain_attention
+from sglang_dflash.platforms import add_plain_attention, cpu, register_plain_attention
 
 logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Register the plain attention backend, and hook where SGLang decides about DFLASH: names, arguments, worker.
+    """Name the plain attention backend, and hook where SGLang decides about DFLASH: names, arguments, worker.
 
     SGLang applies what hooks it can and goes on without the others, so another release than ours is left alone whole.
     """
@@ -31,14 +32,14 @@ def register() -> None:
                 "itself. For trees, pip install sglang==%s.", SGLANG, other, SGLANG,
             )  # fmt: skip
         return
-    register_plain_attention()
+    add_plain_attention()
     if cpu.activate():
         from sglang_dflash.platforms.cpu.hooks import HOOKS
 
         for target, (hook, kind) in HOOKS.items():
             HookRegistry.register(target, hook, kind)
     HookRegistry.register(
-        "sglang.srt.server_args.ServerArgs.resolve_once", _fill_in_embedded_pair, HookType.BEFORE
+        "sglang.srt.server_args.ServerArgs.resolve_once", _before_resolving, HookType.BEFORE
     )
     HookRegistry.register(
         "sglang.srt.arg_groups.speculative_hook._handle_dflash", _settle_arguments, HookType.AROUND
@@ -48,7 +49,9 @@ def register() -> None:
     )
 
 
-def _fill_in_embedded_pair(server_args: Any) -> None:
+def _before_resolving(server_args: Any) -> None:
+    """Every process that runs a model comes by here, and has imported by then what this does."""
+    register_plain_attention()
     from sglang_dflash import arguments
 
     arguments.fill_in_embedded_pair(server_args)
@@ -58,6 +61,15 @@ def _settle_arguments(original: Callable[[Any], None], server_args: Any) -> None
     from sglang_dflash import arguments
 
     arguments.settle_arguments(original, server_args)
+    _tell_accept_rates_by_path("sglang.srt.managers.tokenizer_manager.TokenizerManager._calculate_spec_decoding_metrics")
+
+
+@functools.cache  # a hook is registered once
+def _tell_accept_rates_by_path(report: str) -> None:
+    from sglang_dflash import metrics
+
+    HookRegistry.register(report, metrics.by_path, HookType.AROUND)
+    HookRegistry.apply_hooks()
 
 
 def _create_worker(original: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
@@ -78,6 +90,7 @@ def _take_over() -> None:
     from sglang.srt.models.registry import ModelRegistry
     from sglang.srt.platforms import current_platform
 
+    from sglang_dflash import metrics
     from sglang_dflash.draft.config import ARCHITECTURES
     from sglang_dflash.draft.network import DFlashDraftModel
     from sglang_dflash.step import carry, results
@@ -90,6 +103,8 @@ def _take_over() -> None:
             results.settle_runs,
         f"{managers}.scheduler_components.metrics_reporter.SchedulerMetricsReporter.update_spec_metrics":
             results.count_live,
+        f"{managers}.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats":
+            metrics.by_path,
     }  # fmt: skip
     if current_platform.device_type == "cuda":
         from sglang.srt.layers.attention.attention_registry import register_attention_backend

@@ -53,7 +53,10 @@ class DFlashWorker(BaseSpecWorker):
         self._draft_worker = self.draft.worker
         _set_width(self.target, self.options.verified)
         _set_width(self.draft.runner, self.options.block)
-        self.metrics = step_metrics(self.options, self.target, get_observability().enable_metrics)
+        # What SGLang's gauges tell.
+        self.speculative_num_steps, self.speculative_num_draft_tokens = self.options.depth, self.options.verified
+        on_gpu = self.target.device == "cuda"
+        self.metrics = step_metrics(self.options, server_args, on_gpu, get_observability().enable_metrics)
 
     # -- what SGLang sets up ---------------------------------------------------------------------------------------
 

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from sglang.srt.arg_groups import speculative_hook
 from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
 from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.arg_groups.serving_hook import handle_missing_default_values
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
@@ -77,6 +79,7 @@ def resolve(**arguments: Any) -> ServerArgs:
             r"candidate_selector\.hidden_projection\.weight",
         ),
         ({"dflash": {"selector_rank": 0}}, r"needs dflash_config\.selector_rank, which is missing"),
+        ({"dflash": {"selector_top_k": 33}}, r"selector_top_k 33 is above 32, .*: set it to 32 or less"),
     ],
 )
 def test_bad_drafts_are_named(make_draft: MakeDraft, change: dict[str, Any], message: str) -> None:
@@ -99,6 +102,11 @@ def test_bad_drafts_are_named(make_draft: MakeDraft, change: dict[str, Any], mes
             r"torch_native \(page size 16\) cannot read a tree",
         ),
         ({"speculative_draft_attention_backend": "triton"}, r"triton .* cannot read a tree"),
+        (
+            {"speculative_num_draft_tokens": 31, "speculative_num_steps": 1},
+            r"31 is above 16, all the paths of 16 candidates a position in 1 positions: ask for 16 nodes or fewer, or",
+        ),
+        ({"speculative_num_draft_tokens": 300}, r"300 is above 255, the most nodes of a tree: ask for 255 or fewer"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -147,23 +155,154 @@ def test_what_arguments_mean(
     assert got == (nodes, depth, block, window, chain)
 
 
+def test_a_default_is_no_more_than_the_lattice_holds(make_draft: MakeDraft) -> None:
+    draft = make_draft(dflash={"selector_top_k": 5})
+    options = options_of(resolve(speculative_draft_model_path=draft, speculative_num_steps=1))
+    assert (options.nodes, options.depth, options.top_k) == (5, 1, 5)
+
+
 def test_a_bidirectional_block_is_drafted_whole(make_draft: MakeDraft) -> None:
     draft = make_draft(dflash={"causal_head": False})
     options = options_of(resolve(speculative_draft_model_path=draft, speculative_num_draft_tokens=3))
     assert (options.nodes, options.depth, options.block, options.window) == (3, 3, 16, 16)
 
 
-def test_sizes_that_are_not_ours_go_to_sglang(make_draft: MakeDraft) -> None:
-    def reason(**arguments: Any) -> str:
-        draft = arguments.pop("draft", str(embedded.DRAFT))
-        return reason_to_hand_over(
-            ServerArgs(model_path="x", speculative_draft_model_path=draft, **arguments)
-        )
+def reason(draft: str = str(embedded.DRAFT), target: str = "", **arguments: Any) -> str:
+    """Why SGLang's own worker would serve a draft for a target, the embedded ones by default."""
+    args = ServerArgs(model_path=target or str(embedded.ensure().target), speculative_draft_model_path=draft)
+    for name, value in arguments.items():
+        setattr(args, name, value)
+    return reason_to_hand_over(args)
 
-    assert reason() == ""
-    assert "tp-size 2" in reason(tp_size=2)
-    assert "windowed" in reason(speculative_draft_window_size=512)
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({}, ""),
+        ({"tp_size": 2}, "--tp-size 2"),
+        ({"attn_dp_size": 2}, "--attn-dp-size 2"),
+        ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
+        ({"speculative_draft_window_size": 512}, "windowed"),
+        ({"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
+        ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
+        ({"enable_unified_memory": True}, "--enable-unified-memory"),
+        ({"speculative_draft_model_quantization": "fp8"}, "--speculative-draft-model-quantization fp8"),
+        ({"speculative_draft_model_quantization": "unquant"}, ""),
+        ({"speculative_draft_kv_cache_dtype": "fp8_e4m3"}, "--speculative-draft-kv-cache-dtype fp8_e4m3"),
+        ({"speculative_draft_kv_cache_dtype": "auto"}, ""),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3 is not the draft's"),
+        ({"kv_cache_dtype": "bf16"}, ""),
+        ({"kv_cache_dtype": "bf16", "dtype": "float16"}, "--kv-cache-dtype bf16 is not the draft's, which is float16"),
+        ({"enable_lora": True, "lora_target_modules": ["q_proj", "lm_head"]}, "the embedding or the head (lm_head)"),
+        ({"enable_lora": True, "lora_target_modules": ["all"]}, "the embedding or the head (all)"),
+        ({"enable_lora": True, "lora_target_modules": ["q_proj"]}, ""),
+        ({"quantization": "fp8"}, ""),
+    ],
+)
+def test_what_is_not_ours_to_serve_goes_to_sglang(on_hopper: None, arguments: dict[str, Any], told: str) -> None:
+    got = reason(**arguments)
+    assert told in got if told else got == ""
+
+
+def test_an_adapter_says_itself_what_it_changes(on_hopper: None, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"target_modules": ["v_proj", "embed_tokens"]}))
+    for adapters in ([str(tmp_path)], [f"a={tmp_path}"], {"a": str(tmp_path)}):
+        assert "LoRA adapters change the embedding or the head (embed_tokens)" in reason(lora_paths=adapters)
+    assert reason(lora_paths=[str(tmp_path)], enable_lora=False) == ""
+
+
+def test_a_draft_with_more_than_its_network_goes_to_sglang(on_hopper: None, make_draft: MakeDraft) -> None:
     assert "architecture" in reason(draft=make_draft(architectures=["DFlashLagunaForCausalLM"]))
+    assert "input_embedding_scale 2.0" in reason(draft=make_draft(input_embedding_scale=2.0))
+    draft = make_draft()
+    assert reason(draft=draft) == ""
+    Path(draft, "mask_embedding.pt").touch()
+    assert "mask_embedding.pt" in reason(draft=draft)
+
+
+NEMOTRON = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "M*-"}
+QWEN = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "full_attention_interval": 4}
+FALCON = {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"}
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "layer_types": ["sliding_attention", "full_attention"] * 15,
+}
+DEEPSEEK = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8"}
+
+
+@pytest.fixture
+def make_target(tmp_path: Path) -> Callable[..., str]:
+    """The embedded target's config with changes, a tensor of the name given, and ModelOpt's file beside."""
+
+    def make(tensor: str = "", beside: dict[str, Any] | None = None, **top: Any) -> str:
+        config = json.loads((embedded.ensure().target / "config.json").read_text())
+        target = tmp_path / "target"
+        target.mkdir()
+        (target / "config.json").write_text(json.dumps({**config, **top}))
+        if tensor:
+            save_file({tensor: torch.zeros(2)}, target / "model.safetensors")
+        if beside:
+            (target / "hf_quant_config.json").write_text(json.dumps({"quantization": beside}))
+        return str(target)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "told"),
+    [
+        ({}, {}, ""),
+        (NEMOTRON, {}, "NemotronHForCausalLM, has layers that keep a state"),
+        (QWEN, {}, "Qwen3NextForCausalLM, has layers that keep a state"),
+        (FALCON, {}, "FalconH1ForCausalLM, has layers that keep a state"),
+        (GPT_OSS, {}, "GptOssForCausalLM, has layers with a sliding window"),
+        (DEEPSEEK, {}, "DeepseekV2ForCausalLM, has multi-head latent attention"),
+        ({"head_dim": 80}, {}, "target's head size 80"),
+        ({"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}, {}, ""),
+        ({"quantization_config": {**MODELOPT, "kv_cache_quant_algo": "FP8"}}, {}, "kv_cache_quant_algo FP8"),
+        ({"quantization_config": {**MODELOPT, "kv_cache_quant_algo": "FP8"}}, {"kv_cache_dtype": "bf16"}, ""),
+        ({"beside": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}, {}, "kv_cache_quant_algo FP8"),
+        ({"beside": {"quant_algo": "FP8"}}, {}, ""),
+        ({"quantization_config": {**MODELOPT, "kv_cache_scheme": {"num_bits": 8}}}, {}, "kv_cache_scheme"),
+        ({"quantization_config": MODELOPT, "tensor": "lm_head.weight_scale"}, {}, "(lm_head.weight_scale)"),
+        ({"quantization_config": MODELOPT, "tensor": "model.embed_tokens.qweight"}, {}, "(model.embed_tokens.qweight)"),
+        ({"quantization_config": MODELOPT, "tensor": "lm_head.weight"}, {}, ""),
+        ({"quantization_config": {**AWQ, "lm_head": True}}, {}, "the target's embedding or head is quantised (awq)"),
+    ],
+)
+def test_what_no_window_pass_serves_of_a_target(
+    on_hopper: None, make_target: Callable[..., str], target: dict[str, Any], arguments: dict[str, Any], told: str
+) -> None:
+    got = reason(target=make_target(**target), **arguments)
+    assert told in got if told else got == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"quantization": "fp8"}, "the target is quantised (fp8)"),
+        ({"enable_lora": True}, "LoRA adapters are asked for"),
+        ({"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3"),
+    ],
+)
+def test_a_plain_cpu_serves_less(pair: embedded.Pair, arguments: dict[str, Any], told: str) -> None:
+    assert told in reason(**arguments)
+
+
+def test_a_draft_does_not_inherit_its_targets_quantisation(on_hopper: None) -> None:
+    settled = settle(quantization="fp8")
+    assert (settled.quantization, settled.speculative_draft_model_quantization) == ("fp8", None)
 
 
 @pytest.fixture
@@ -173,6 +312,8 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sglang.srt.platforms.current_platform", cuda)
     monkeypatch.setattr(speculative_hook, "current_platform", cuda)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    hopper = SimpleNamespace(shared_memory_per_block_optin=232_448)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda: hopper)
 
 
 def settle(**arguments: Any) -> Any:
@@ -180,6 +321,7 @@ def settle(**arguments: Any) -> Any:
     args = ServerArgs(model_path=str(embedded.ensure().target), speculative_draft_model_path=str(embedded.DRAFT))
     for name, value in {"cuda_graph_backend_prefill": "breakable", **arguments}.items():
         setattr(args, name, value)
+    handle_missing_default_values(args)
     parse_cuda_graph_config(args)
     settle_arguments(speculative_hook._resolve_dflash_draft_attention_backend, args)
     return resolving_view(args)
@@ -204,3 +346,32 @@ def test_what_serves_on_cuda(on_hopper: None, dtype: str, backend: str, decode: 
 def test_another_attention_backend_on_cuda_is_sglangs_to_serve(on_hopper: None) -> None:
     settled = settle(attention_backend="triton")
     assert (settled.attention_backend, settled.speculative_num_draft_tokens) == ("triton", None)
+
+
+def test_a_lattice_that_a_gpu_has_no_room_for_is_refused(
+    on_hopper: None, make_draft: MakeDraft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = make_draft(block_size=24, dflash={"selector_top_k": 32})
+    arguments = {"speculative_draft_model_path": wide, "speculative_num_steps": 23, "speculative_num_draft_tokens": 31}
+    assert settle(**arguments).speculative_num_draft_tokens == 32
+    ada = SimpleNamespace(shared_memory_per_block_optin=101_376)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda: ada)
+    with pytest.raises(ValueError, match=r"23 positions of 32 candidates .* this one has 101376 a block: ask for few"):
+        settle(**arguments)
+
+
+def test_what_means_another_thing_or_nothing_is_said_once(on_hopper: None, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "sglang_dflash")
+    settle()
+    assert len(caplog.messages) == 1
+    caplog.clear()
+    settle(
+        speculative_eagle_topk=4,
+        speculative_accept_threshold_single=0.5,
+        speculative_use_block_verification=True,
+    )
+    told, single, block, served = caplog.messages
+    assert "--speculative-eagle-topk 4 asks for a tree" in told
+    assert "--speculative-accept-threshold-single 0.5 has no effect: a drafted token is accepted if" in single
+    assert "--speculative-use-block-verification has no effect" in block
+    assert "tree of 15 nodes" in served

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,7 +120,7 @@ def tensor_shapes_on_disk(path: str | Path) -> dict[str, Shape]:
                 f"Draft checkpoint {folder} has no .safetensors file: convert or download its weights."
             )
         return {name: shape for file in files for name, shape in _header(file).items()}
-    weight_map = _weight_map(index)
+    weight_map = files_of_index(index)
     headers = {file: _header(folder / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in headers[file]:
@@ -130,7 +130,8 @@ def tensor_shapes_on_disk(path: str | Path) -> dict[str, Shape]:
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def files_of_index(index: Path) -> dict[str, str]:
+    """Every tensor's file, as a safetensors index names them. Raises ValueError where it is none."""
     try:
         return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
@@ -147,16 +148,10 @@ def _header(file: Path) -> dict[str, Shape]:
         raise ValueError(f"{file} is damaged or truncated ({error}): download it again.") from error
 
 
-def check_tensors(path: str | Path, config: DraftConfig) -> None:
-    """Raise ValueError, naming the tensor or file, unless the checkpoint directory holds what its config
-    says.
-    """
-    shapes: dict[str, Shape] = {}
-    for name, shape in tensor_shapes_on_disk(path).items():
-        own = own_name(name)
-        if own is not None:
-            shapes[own] = shape
-    check_shapes(shapes, config, source=str(path))
+def check_tensors(tensors: Mapping[str, Shape], config: DraftConfig, *, source: str) -> None:
+    """Raise ValueError, naming the tensor, unless a checkpoint's tensors are those that its config says."""
+    shapes = {own: shape for name, shape in tensors.items() if (own := own_name(name)) is not None}
+    check_shapes(shapes, config, source=source)
 
 
 def check_shapes(shapes: dict[str, Shape], config: DraftConfig, *, source: str) -> None:

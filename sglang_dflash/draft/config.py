@@ -15,6 +15,14 @@ ARCHITECTURES = ("DFlashDraftModel", "DFlash2DraftModel", "DFlash2BeamDraftModel
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+# Scales and caps that other networks have, which ours would leave out; at these values nothing is left out.
+NEUTRAL = {
+    "input_embedding_scale": (None, 1),
+    "embedding_multiplier": (None, 1),
+    "residual_multiplier": (None, 1),
+    "logits_scaling": (None, 1),
+    "attn_logit_softcapping": (None, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -338,6 +346,11 @@ def _unserved(
         yield "attention sinks"
     if both.get("attention_value_scale") not in (None, 1.0):
         yield "scaled attention values"
+    for key, neutral in NEUTRAL.items():
+        if both.get(key) not in neutral:
+            yield f"{key} {both[key]}"
+    if raw.get("v_head_dim") not in (None, 0, raw.get("head_dim")):
+        yield "keys and values of different sizes"
     if raw.get("has_embed_tokens") or raw.get("has_lm_head"):
         yield "its own embedding or head"
     if raw.get("draft_vocab_size") not in (None, raw.get("vocab_size")):
@@ -366,6 +379,8 @@ def _unserved(
         yield "partial rotary positions"
     if {"rope_dim", "mrope_section", "mrope_interleaved"} & set(scaling):
         yield "multi-axis or partial rotary positions"
+    if set(LAYER_TYPES) & set(scaling) or raw.get("rope_local_base_freq"):
+        yield "rotary positions of each layer type's own"
     if _rope_type(scaling) not in ROPE_TYPES:
         yield f"rope_type {_rope_type(scaling)}"
     if raw.get("rope_is_neox_style") is False or raw.get("is_neox_style") is False:

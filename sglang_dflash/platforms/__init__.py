@@ -23,13 +23,18 @@ def other_attention(arguments: Any, backend: str) -> str:
     return ""
 
 
-def register_plain_attention() -> None:
-    """Make the plain attention backend known to SGLang, on the command line and to every runner of this process."""
+def add_plain_attention() -> None:
+    """Let the command line take the plain attention backend."""
     from sglang.srt.arg_groups.choices import add_attention_backend_choices, add_draft_attention_backend_choices
-    from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     add_attention_backend_choices([PLAIN_ATTENTION])
     add_draft_attention_backend_choices([PLAIN_ATTENTION])
+
+
+def register_plain_attention() -> None:
+    """Make it known to every runner of this process; SGLang's registry takes half a second to import."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
     register_attention_backend(PLAIN_ATTENTION)(_make_plain_attention)
 
 

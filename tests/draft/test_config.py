@@ -39,7 +39,7 @@ def test_the_embedded_draft_s_config() -> None:
     assert (draft.selector, draft.selector_rank, draft.selector_top_k) == ("tied", 128, 16)
     assert draft.served_by(tensor_shapes_on_disk(DRAFT)) == ("ours", "")
     draft.check(hidden_size=576, vocab_size=49152, num_layers=30)
-    check_tensors(DRAFT, draft)
+    check_tensors(tensor_shapes_on_disk(DRAFT), draft, source=str(DRAFT))
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "sliding", "DFlash2"])
@@ -80,6 +80,13 @@ def test_block_size_stands_at_either_level_and_dflash_config_s_is_first() -> Non
         ({"hidden_act": "swigluoai"}, {}, "activation swigluoai"),
         ({}, {"attention_mode": "mla"}, "attention_mode mla"),
         ({"num_experts": 16}, {}, "mixture of experts"),
+        ({"input_embedding_scale": 12.0}, {}, "input_embedding_scale 12.0"),
+        ({}, {"input_embedding_scale": 0.5}, "input_embedding_scale 0.5"),
+        ({"residual_multiplier": 0.2}, {}, "residual_multiplier 0.2"),
+        ({"attn_logit_softcapping": 50.0}, {}, "attn_logit_softcapping 50.0"),
+        ({"v_head_dim": 4}, {}, "keys and values of different sizes"),
+        ({"rope_local_base_freq": 1e4}, {}, "each layer type's own"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, {}, "each layer type's own"),
         ({"draft_layer_types": ["kda"]}, {}, "draft_layer_types"),
         ({}, {"target_hidden_size": 64}, "features of another width"),
         ({"text_config": {"hidden_size": 32}}, {}, "nested text_config"),
@@ -160,7 +167,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def check_sharded(path: Path) -> None:
-    check_tensors(path, DraftConfig.from_dict(KINDS["tied selector"]))
+    check_tensors(tensor_shapes_on_disk(path), DraftConfig.from_dict(KINDS["tied selector"]), source=str(path))
 
 
 def test_a_whole_checkpoint_passes(sharded: Path) -> None:

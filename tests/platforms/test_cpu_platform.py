@@ -51,7 +51,8 @@ def test_defaults_fill_only_what_was_not_given() -> None:
     args = server_args()
     PlainCpuPlatform().apply_server_args_defaults(args)
     assert (args.attention_backend, args.dtype) == (PLAIN_ATTENTION, "float32")
-    assert None not in vars(args).values()
+    # SGLang takes a limit on tokens for the user's and warns where the memory holds less.
+    assert [name for name, value in vars(args).items() if value is None] == ["max_total_tokens"]
 
     given = server_args(attention_backend="torch_native", dtype="bfloat16", max_total_tokens=7)
     PlainCpuPlatform().apply_server_args_defaults(given)

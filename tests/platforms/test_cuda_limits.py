@@ -11,6 +11,7 @@ import pytest
 from sglang_dflash import embedded
 from sglang_dflash.draft.config import DraftConfig
 from sglang_dflash.platforms import cuda
+from sglang_dflash.targets import Target
 
 ASKED = {
     "attention_backend": None,
@@ -18,24 +19,35 @@ ASKED = {
     "decode_attention_backend": None,
     "speculative_draft_attention_backend": None,
     "dtype": "auto",
-    "kv_cache_dtype": "auto",
 }
+TARGET = Target(
+    hidden_size=576,
+    vocab_size=49152,
+    num_layers=30,
+    head_dim=64,
+    dtype="bfloat16",
+    quantization="",
+    layer_types=frozenset(),
+    unserved="",
+)
 
 
 @pytest.mark.parametrize(
     ("asked", "draft", "target", "capability", "reason"),
     [
         ({}, {}, {}, (9, 0), ""),
-        ({"attention_backend": "fa3"}, {}, {"layer_types": ["full_attention"]}, (8, 0), ""),
+        ({"attention_backend": "fa3"}, {}, {"layer_types": frozenset({"full_attention"})}, (8, 0), ""),
         ({}, {}, {}, (10, 0), "FlashAttention-3, which compute capability 10.0 has not"),
         ({"attention_backend": "triton"}, {}, {}, (9, 0), "--attention-backend triton reads no tree, fa3 does"),
         ({"dtype": "float32"}, {}, {}, (9, 0), ""),
         ({"dtype": "float", "attention_backend": "plain_torch"}, {}, {}, (12, 0), ""),
         ({"dtype": "float32", "attention_backend": "fa3"}, {}, {}, (9, 0), "fa3 reads no tree, plain_torch does"),
         ({"speculative_draft_attention_backend": "plain_torch"}, {}, {}, (9, 0), "reads no tree, fa3 does"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, {}, {}, (9, 0), "--kv-cache-dtype fp8_e4m3"),
-        ({}, {}, {"kv_lora_rank": 512}, (9, 0), "multi-head latent attention"),
-        ({}, {}, {"layer_types": ["full_attention", "sliding_attention"]}, (9, 0), "layers of sliding_attention"),
+        ({}, {}, {"layer_types": frozenset({"full_attention", "sliding_attention"})}, (9, 0), "of sliding_attention"),
+        ({}, {}, {"head_dim": 80}, (9, 0), "target's head size 80 is not 64, 128 or 256"),
+        ({"dtype": "float32"}, {}, {"head_dim": 80}, (9, 0), ""),
+        ({}, {"head_dim": 96}, {}, (9, 0), "draft's head size 96 is not 64, 128 or 256"),
+        ({"dtype": "float32"}, {"head_dim": 96}, {}, (9, 0), "draft's head size 96"),
         ({}, {"window_left": (-1, 127, -1)}, {}, (9, 0), "layers with a sliding window"),
         ({}, {"causal_layers": (True, False, True)}, {}, (9, 0), "both causal and bidirectional"),
     ],
@@ -45,7 +57,7 @@ def test_what_cuda_does_not_serve(
 ) -> None:
     config = dataclasses.replace(DraftConfig.load(embedded.DRAFT), **draft)
     arguments = SimpleNamespace(**{**ASKED, **asked})
-    told = cuda.unserved(arguments, arguments, config, target, capability)
+    told = cuda.unserved(arguments, arguments, config, dataclasses.replace(TARGET, **target), capability)
     assert reason in told if reason else told == ""
 
 
@@ -53,4 +65,4 @@ def test_what_sglang_chose_itself_is_no_wish() -> None:
     """On Ampere, and for a chain with large pages, SGLang's default is flashinfer."""
     settled = SimpleNamespace(**{**ASKED, "attention_backend": "flashinfer"})
     draft = DraftConfig.load(embedded.DRAFT)
-    assert cuda.unserved(SimpleNamespace(**ASKED), settled, draft, {}, (8, 0)) == ""
+    assert cuda.unserved(SimpleNamespace(**ASKED), settled, draft, TARGET, (8, 0)) == ""

@@ -111,8 +111,9 @@ def assert_is_served(target: Path, draft: Path) -> None:
     """Config and tensors are what the server checks before it loads them."""
     config, wide = DraftConfig.load(draft), AutoConfig.from_pretrained(target)
     config.check(hidden_size=wide.hidden_size, vocab_size=wide.vocab_size, num_layers=wide.num_hidden_layers)
-    check_tensors(draft, config)
-    assert unknown_names(tensor_shapes_on_disk(draft), config) == []
+    shapes = tensor_shapes_on_disk(draft)
+    check_tensors(shapes, config, source=str(draft))
+    assert unknown_names(shapes, config) == []
 
 
 # The embedded pair, at a width that two cores bear.

@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
 DISPATCH_KEY = "plain_cpu"
 
-# What a laptop can hold and still be used for something else. The KV pool takes its memory on first
-# touch, so the token limit is an upper bound, not a price.
+# What a laptop can hold and still be used for something else. The KV pool takes its memory on first touch, so its
+# share is an upper bound, not a price.
 DEFAULT_MEM_FRACTION = 0.4
-DEFAULT_MAX_TOTAL_TOKENS = 131_072
 DEFAULT_MAX_RUNNING_REQUESTS = 48
 DEFAULT_CHUNKED_PREFILL_SIZE = 2048
 OPENMP_SPINS = "20000"
@@ -78,8 +77,6 @@ class PlainCpuPlatform(SRTPlatform):
             server_args.dtype = "float32"
         if server_args.mem_fraction_static is None:
             server_args.mem_fraction_static = DEFAULT_MEM_FRACTION
-        if server_args.max_total_tokens is None:
-            server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
         if server_args.max_running_requests is None:
             server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
         if server_args.chunked_prefill_size is None:

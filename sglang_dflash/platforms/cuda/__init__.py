@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_dflash.draft.config import DraftConfig
+from sglang_dflash.kernels.limits import HEAD_SIZES
 from sglang_dflash.platforms import PLAIN_ATTENTION, other_attention
+from sglang_dflash.targets import Target
 
 FAST_ATTENTION = "fa3"
 FAST_CAPABILITIES = 8, 9  # first numbers of the compute capabilities it is made for
@@ -28,27 +30,30 @@ def attention_backend(dtype: str) -> str:
 
 
 def unserved(
-    asked: Any, arguments: Any, draft: DraftConfig, target: dict[str, Any], capability: tuple[int, int]
+    asked: Any, arguments: Any, draft: DraftConfig, target: Target, capability: tuple[int, int]
 ) -> str:
     """What of a server's wishes window passes cannot do on CUDA, as part of a sentence; nothing where they can.
 
     asked: what the user gave, with SGLang's names: its own choice of an attention backend binds nobody. arguments: the
-    same as SGLang settled them so far; target: its config.json; capability: the GPU's.
+    same as SGLang settled them so far; capability: the GPU's.
     """
     backend = attention_backend(arguments.dtype)
     if backend == FAST_ATTENTION and capability[0] not in FAST_CAPABILITIES:
         return f"trees need FlashAttention-3, which compute capability {capability[0]}.{capability[1]} has not"
     if other := other_attention(asked, backend):
         return f"{other} reads no tree, {backend} does"
-    if arguments.kv_cache_dtype not in ("auto", "bf16", "bfloat16"):
-        return f"--kv-cache-dtype {arguments.kv_cache_dtype} is not the draft's"
-    if target.get("kv_lora_rank"):
-        return "the target has multi-head latent attention"
-    kinds = sorted({*(target.get("layer_types") or ())} - {"full_attention"})
-    if kinds:
+    if kinds := sorted(target.layer_types - {"full_attention"}):
         return f"the target has layers of {kinds[0]}"
+    if backend == FAST_ATTENTION and target.head_dim not in HEAD_SIZES:
+        return f"the target's head size {target.head_dim} is not {_or(HEAD_SIZES)}"
+    if draft.head_dim not in HEAD_SIZES:
+        return f"the draft's head size {draft.head_dim} is not {_or(HEAD_SIZES)}"
     if max(draft.window_left) >= 0:
         return "the draft has layers with a sliding window"
     if len(set(draft.causal_layers)) > 1:
         return "the draft has both causal and bidirectional layers"
     return ""
+
+
+def _or(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"

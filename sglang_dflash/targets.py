@@ -1,0 +1,109 @@
+"""What a target is, as SGLang reads its checkpoint, and what of it no window pass serves."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_dflash.checkpoints import Checkpoint
+
+KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16"}  # those of --kv-cache-dtype that a model can have too
+# Methods that quantise the embedding or the head whatever the checkpoint's config says.
+QUANTISED_TABLES = ("gguf", "expert_pack")
+_TABLE = re.compile(r"(^|\.)(lm_head|embed_tokens)\.(?!weight$|bias$)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target's shape, and why this package does not serve it.
+
+    dtype: of its activations, as torch names it. quantization: SGLang's name of the method, empty for none.
+    layer_types: kinds of layers that the config names. unserved: the reason, empty if any platform may serve it.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    head_dim: int
+    dtype: str
+    quantization: str
+    layer_types: frozenset[str]
+    unserved: str
+
+    @classmethod
+    def of(cls, model_config: Any, checkpoint: Checkpoint, kv_cache_dtype: str) -> Target:
+        """From SGLang's ModelConfig of it, where it is, and --kv-cache-dtype."""
+        dtype = str(model_config.dtype).removeprefix("torch.")
+        return cls(
+            hidden_size=model_config.hidden_size,
+            vocab_size=model_config.vocab_size,
+            num_layers=model_config.num_hidden_layers,
+            head_dim=model_config.head_dim,
+            dtype=dtype,
+            quantization=model_config.quantization or "",
+            layer_types=frozenset(getattr(model_config.hf_text_config, "layer_types", None) or ()),
+            unserved=next(_unserved(model_config, checkpoint, kv_cache_dtype, dtype), ""),
+        )
+
+
+def _unserved(model_config: Any, checkpoint: Checkpoint, kv_cache_dtype: str, dtype: str) -> Iterator[str]:
+    yield from _unserved_layers(model_config)
+    if kv_cache_dtype != "auto" and KV_DTYPES.get(kv_cache_dtype) != dtype:
+        yield f"--kv-cache-dtype {kv_cache_dtype} is not the draft's, which is {dtype}"
+    if model_config.quantization:
+        config = _quantization_config(model_config, checkpoint)
+        yield from _unserved_tables(model_config.quantization, config, checkpoint.tensor_names())
+        if kv_cache_dtype == "auto":
+            yield from _unserved_cache(config)
+
+
+def _unserved_layers(model_config: Any) -> Iterator[str]:
+    """What needs another KV pool than keys and values of all tokens, one row a slot; as SGLang tells them apart."""
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import AttentionArch
+
+    architecture = model_config.hf_config.architectures[0]
+    if model_config.attention_arch == AttentionArch.MLA:
+        yield f"the target, {architecture}, has multi-head latent attention"
+    if model_config.attention_arch == AttentionArch.SSM or mambaish_config(model_config) is not None:
+        yield f"the target, {architecture}, has layers that keep a state (Mamba, linear attention, convolutions)"
+    if model_config.is_hybrid_swa:
+        yield f"the target, {architecture}, has layers with a sliding window"
+    if model_config.is_local_attention_model:
+        yield f"the target, {architecture}, has layers with chunked attention"
+    if model_config.has_attention_sinks:
+        yield f"the target, {architecture}, has attention sinks"
+    if model_config.has_asymmetric_kv:
+        yield f"the target, {architecture}, has keys and values of different sizes"
+
+
+def _quantization_config(model_config: Any, checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What a checkpoint says of its quantisation: in its config, or in ModelOpt's file beside it."""
+    from sglang.srt.model_loader.checkpoint_quantization import resolve_checkpoint_quant_spec
+
+    found = resolve_checkpoint_quant_spec(model_config.hf_config)
+    config: dict[str, Any] = dict(found.config) if found is not None else {}
+    folder = checkpoint.folder()
+    beside = folder and folder / "hf_quant_config.json"
+    if beside and beside.is_file():
+        config |= json.loads(beside.read_text(encoding="utf-8"))
+    return config | (config.get("quantization") or {})
+
+
+def _unserved_tables(method: str, config: Mapping[str, Any], names: Collection[str]) -> Iterator[str]:
+    """The draft reads the target's embedding and head as matrices, and may read its codebooks off them."""
+    named = next((name for name in sorted(names) if _TABLE.search(name)), "")
+    if named:
+        yield f"the target's embedding or head is quantised ({named})"
+    if method in QUANTISED_TABLES or config.get("lm_head") or config.get("lm_head_quantized"):
+        yield f"the target's embedding or head is quantised ({method})"
+
+
+def _unserved_cache(config: Mapping[str, Any]) -> Iterator[str]:
+    if (algorithm := config.get("kv_cache_quant_algo")) not in (None, "auto"):
+        yield f"the target's checkpoint asks for a quantised KV cache (kv_cache_quant_algo {algorithm})"
+    if config.get("kv_cache_scheme"):
+        yield "the target's checkpoint asks for a quantised KV cache (kv_cache_scheme)"
