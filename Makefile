@@ -21,7 +21,7 @@ ops: $(READY)
 	.venv/bin/python -m sglang_dflash.kernels.compiled
 
 $(READY): pyproject.toml uv.lock | $(UV)
-	$(UV) sync --locked --all-extras --python python3
+	$(UV) sync --locked --python python3
 	touch $@
 
 # Into a folder of its own: Debian lets pip install nowhere else, and uv makes virtual environments by itself.

@@ -6,7 +6,8 @@ namespace {
 
 __global__ void commit_rows_kernel(const int64_t* slots, const int64_t* prefix_lens, const int64_t* nodes,
                                    const int32_t* lens, int64_t* sources, int64_t* destinations, int64_t* rows,
-                                   int64_t* positions, int64_t* context_slots, int w, int slots_width, int m, int count) {
+                                   int64_t* positions, int64_t* context_slots, int w, int slots_width, int m,
+                                   int count) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= count) return;
   const int request = i / m, depth = i % m;

@@ -33,9 +33,7 @@ template <> struct TypeOf<__half> { static constexpr DLDataType value{kDLFloat, 
 template <> struct TypeOf<__nv_bfloat16> { static constexpr DLDataType value{kDLBfloat, 16, 1}; };
 template <> struct TypeOf<bool> { static constexpr DLDataType value{kDLBool, 8, 1}; };
 
-inline bool same_type(DLDataType a, DLDataType b) {
-  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
-}
+inline bool same_type(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 
 // The data of a contiguous tensor of this element type and shape; an error names the tensor.
 template <typename T>

@@ -36,7 +36,7 @@ __device__ void sort_rows(const float* __restrict__ logp, float* sorted, uint8_t
 struct Node {
   float cost = 0.f;  // of the path to it
   int parent = 0, depth = 0, rank = 0;
-  int next = 0, end = 0;  // its row of the lattice, from the child on offer
+  int next = 0, end = 0;      // its row of the lattice, from the child on offer
   unsigned offer = kNothing;  // bits of that child's cost
   int offer_rank = 0;
 };
@@ -130,10 +130,7 @@ void grow(TensorView tokens, TensorView logp, TensorView bonus_tokens, TensorVie
   const int64_t bs = tokens.size(0), d = tokens.size(1), k = tokens.size(2), kp = logp.size(2), w = out_tokens.size(1);
   TVM_FFI_ICHECK(k <= kWarp) << "grow takes " << kWarp << " candidates a position at most, got " << k;
   TVM_FFI_ICHECK(kp == 1 || kp == k) << "logp has " << kp << " predecessors";
-  const auto kernel = w <= 32    ? grow_kernel<1>
-                      : w <= 64  ? grow_kernel<2>
-                      : w <= 128 ? grow_kernel<4>
-                                 : grow_kernel<8>;
+  const auto kernel = w <= 32 ? grow_kernel<1> : w <= 64 ? grow_kernel<2> : w <= 128 ? grow_kernel<4> : grow_kernel<8>;
   TVM_FFI_ICHECK(d < 256) << "grow goes 255 deep at most, got " << d;
   TVM_FFI_ICHECK(w <= 256) << "grow takes 255 nodes at most, got " << w - 1;
   launch(kernel, dim3(bs), kGrowThreads, d * kp * k * (sizeof(float) + 1), stream_of(tokens),

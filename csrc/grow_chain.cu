@@ -14,7 +14,8 @@ __global__ void grow_chain_kernel(const int64_t* tokens, const float* logp, cons
   for (int depth = 0; depth < n; ++depth) {
     const int64_t position = static_cast<int64_t>(request) * d + depth;
     // Costs are non-negative floats, which order as their bits do; past the candidates nothing is cheaper.
-    const unsigned cost = lane < k ? __float_as_uint(0.f - logp[(position * kp + (kp > 1 ? rank : 0)) * k + lane]) : kAll;
+    const unsigned cost =
+        lane < k ? __float_as_uint(0.f - logp[(position * kp + (kp > 1 ? rank : 0)) * k + lane]) : kAll;
     const unsigned best = __reduce_min_sync(kAll, cost);
     rank = __ffs(__ballot_sync(kAll, cost == best)) - 1;
     total -= __uint_as_float(best);

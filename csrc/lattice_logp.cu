@@ -58,8 +58,8 @@ __global__ void selector_kernel(const float* unary, const float* lse, const int6
 }
 
 template <typename T>
-void run(TensorView unary, TensorView lse, TensorView tokens, TensorView bonus, TensorView gate, TensorView predecessors,
-         TensorView successors, TensorView logp) {
+void run(TensorView unary, TensorView lse, TensorView tokens, TensorView bonus, TensorView gate,
+         TensorView predecessors, TensorView successors, TensorView logp) {
   const int64_t bs = unary.size(0), d = unary.size(1), k = unary.size(2), r = gate.size(2), v = predecessors.size(0);
   const size_t shared = (2 * k * (r + 1) + k * k + k) * sizeof(float);
   launch(selector_kernel<T>, dim3(bs * d), 256, shared, stream_of(unary), data<float>(unary, "unary", {bs, d, k}),

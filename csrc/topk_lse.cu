@@ -30,9 +30,7 @@ __device__ inline float logit_of(Key key) {
 }
 
 // sum(exp(x)) as a maximum and a sum relative to it.
-struct Lse {
-  float max, sum;
-};
+struct Lse { float max, sum; };
 
 __device__ inline Lse join(Lse a, Lse b) {
   const float max = fmaxf(a.max, b.max);

