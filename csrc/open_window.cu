@@ -31,8 +31,8 @@ void open_window(TensorView slot_table, TensorView rows, TensorView prefix_lens,
          data<int64_t>(prefix_lens, "prefix_lens", {bs}), data<int64_t>(held, "held", {bs}),
          data<int64_t>(most, "most", {bs}), data<int64_t>(bonus_tokens, "bonus_tokens", {bs}),
          data<int64_t>(slots, "slots", {bs, w}), data<int64_t>(deepest, "deepest", {bs}),
-         data<int64_t>(tokens, "tokens", {bs, block}),
-         data<int64_t>(positions, "positions", {bs, block}), columns, mask_token, w, block, count);
+         data<int64_t>(tokens, "tokens", {bs, block}), data<int64_t>(positions, "positions", {bs, block}), columns,
+         mask_token, w, block, count);
 }
 
 }  // namespace
