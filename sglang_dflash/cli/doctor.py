@@ -41,7 +41,14 @@ def doctor() -> None:
     Ends with code 1 if something is wrong.
     """
     console = Console()
-    checks: list[Callable[[], Iterator[Finding]]] = [_host, _packages, _entry_points, _environment, _embedded]
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        _host,
+        _packages,
+        _entry_points,
+        _environment,
+        _embedded,
+        _cuda_ops,
+    ]
     with console.status("looking"):
         findings = [finding for check in checks for finding in check()]
         if not any(f.cure for f in findings):  # SGLang is asked only where it can answer
@@ -127,6 +134,22 @@ def _embedded() -> Iterator[Finding]:
     free = shutil.disk_usage(existing).free
     short = f"only {free >> 20} MiB are free there, {DISK_NEEDED >> 20} are needed: set XDG_CACHE_HOME"
     yield Finding("embedded target", f"{how}, in {directory}", "" if free >= DISK_NEEDED else short)
+
+
+def _cuda_ops() -> Iterator[Finding]:
+    """A GPU's ops are compiled on first use, which is late to learn that they cannot be."""
+    import torch
+
+    from sglang_dflash.kernels import compiled
+
+    if not torch.cuda.is_available():
+        return
+    if compiled.ahead().exists():
+        yield Finding("CUDA ops", str(compiled.ahead()))
+    elif (compiler := compiled.nvcc()) is not None:
+        yield Finding("CUDA ops", f"compiled on first use by {compiler}")
+    else:
+        yield Finding("CUDA ops", "not compiled", compiled.NO_NVCC)
 
 
 def _sglang() -> Iterator[Finding]:

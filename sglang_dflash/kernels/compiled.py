@@ -1,15 +1,17 @@
 """The hot ops from csrc/, and the one in Triton, under the names and signatures of `plain`, which says what they mean.
 
 The sources of csrc/ are compiled on first use, for the GPU at hand, into tvm-ffi's cache; a library compiled ahead
-(`make ops`) is taken instead where there is one.
+(`make ops`) is taken instead where there is one of just these sources.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,12 @@ from sglang_dflash.kernels.rows import Pools
 __all__ = ["tree_attention"]  # and every other op of `plain`, below
 
 PACKAGE = Path(__file__).parents[1]
-AHEAD = PACKAGE / "kernels" / "ops.so"
 NAME = "sglang_dflash_ops"
 ARCHITECTURES = "8.0 8.9 9.0 10.0 12.0"  # compute capabilities that a library compiled ahead holds
+NO_NVCC = (
+    "there is no nvcc (CUDA_HOME, PATH, /usr/local/cuda): install CUDA's toolkit or set CUDA_HOME, "
+    "or install a wheel that holds them compiled (`make ops` on another machine, then build it)"
+)
 BLOCKS = 264  # of a launch that fills a large GPU twice over
 WARPS = 4096  # that keep a large GPU busy where each waits for memory
 PART = 4096, 32_768  # logits of a row that a block looks at: shorter ones do not pay, longer ones fill shared memory
@@ -37,14 +42,32 @@ def sources() -> list[Path]:
     return sorted(directory.glob("*.cu"))
 
 
+def ahead() -> Path:
+    """Where a library compiled ahead stands: its name tells its sources and tvm-ffi's ABI, so no other is loaded."""
+    digest = hashlib.sha256(version("apache-tvm-ffi").rpartition(".")[0].encode())
+    for path in [*sources(), *sorted(sources()[0].parent.glob("*.cuh"))]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return PACKAGE / "kernels" / f"ops-{digest.hexdigest()[:16]}.so"
+
+
+def nvcc() -> Path | None:
+    """CUDA's compiler, where tvm-ffi looks for it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    on_path = shutil.which("nvcc")
+    found = Path(home, "bin", "nvcc") if home else Path(on_path or "/usr/local/cuda/bin/nvcc")
+    return found if found.exists() else None
+
+
 @functools.cache
 def library() -> Any:
     """The compiled ops, as tvm-ffi loads them. Raises RuntimeError with the compiler's words where it fails."""
     import tvm_ffi
     import tvm_ffi.cpp
 
-    if AHEAD.exists():
-        return tvm_ffi.load_module(str(AHEAD))
+    if ahead().exists():
+        return tvm_ffi.load_module(str(ahead()))
+    if nvcc() is None:
+        raise RuntimeError(f"DFLASH's CUDA ops are compiled on first use, and {NO_NVCC}")
     return tvm_ffi.cpp.load(NAME, cuda_files=[str(path) for path in sources()])
 
 
@@ -55,7 +78,10 @@ def build_ahead() -> None:
     os.environ["TVM_FFI_CUDA_ARCH_LIST"] = ARCHITECTURES
     with tempfile.TemporaryDirectory() as directory:
         files = [str(path) for path in sources()]
-        shutil.copy(tvm_ffi.cpp.build(NAME, cuda_files=files, build_directory=directory), AHEAD)
+        made = tvm_ffi.cpp.build(NAME, cuda_files=files, build_directory=directory)
+        for stale in ahead().parent.glob("ops*.so"):
+            stale.unlink()
+        shutil.copy(made, ahead())
 
 
 def topk_lse(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

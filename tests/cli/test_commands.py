@@ -79,6 +79,27 @@ def test_doctor_names_another_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install 'sglang==0.5.23'" in result.output
 
 
+@pytest.mark.parametrize(
+    ("gpu", "compiler", "found", "cure"),
+    [
+        (False, None, None, None),
+        (True, "/usr/local/cuda/bin/nvcc", "compiled on first use by /usr/local/cuda/bin/nvcc", ""),
+        (True, None, "not compiled", "install CUDA's toolkit or set CUDA_HOME"),
+    ],
+)
+def test_doctor_names_a_gpu_without_a_compiler(
+    gpu: bool, compiler: str | None, found: str | None, cure: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_dflash.cli import doctor
+    from sglang_dflash.kernels import compiled
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr(compiled, "nvcc", lambda: compiler)
+    findings = list(doctor._cuda_ops())
+    assert [f.found for f in findings] == ([found] if found else [])
+    assert all(f.cure == "" if cure == "" else str(cure) in f.cure for f in findings)
+
+
 @pytest.mark.parametrize("command", ["demo", "bench"])
 def test_a_target_without_draft_is_refused(command: str) -> None:
     result = runner.invoke(app, [command, "--model", "some/model"], env={"COLUMNS": "200"})
