@@ -84,8 +84,8 @@ def _create_worker(original: Callable[..., Any], algorithm: Any, server_args: An
 
 
 def _take_over() -> None:
-    """What else changes in a process whose DFLASH is ours: the draft's network, the slots that a step takes, where its
-    runs end, and CUDA's attention and graphs.
+    """What else changes in a process whose DFLASH is ours: the draft's network, who is admitted, the slots that a step
+    takes, where its runs end, what sessions keep of them, and CUDA's attention and graphs.
     """
     from sglang.srt.models.registry import ModelRegistry
     from sglang.srt.platforms import current_platform
@@ -93,11 +93,12 @@ def _take_over() -> None:
     from sglang_dflash import metrics
     from sglang_dflash.draft.config import ARCHITECTURES
     from sglang_dflash.draft.network import DFlashDraftModel
-    from sglang_dflash.step import carry, results
+    from sglang_dflash.step import admission, carry, results, session
 
     ModelRegistry.models.update(dict.fromkeys(ARCHITECTURES, DFlashDraftModel))
     managers = "sglang.srt.managers"
     around = {
+        f"{managers}.scheduler.validate_dflash_request": admission.refusal,
         f"{managers}.schedule_batch.ScheduleBatch._new_tokens_required_next_decode_spec_v2": carry.new_tokens_required,
         f"{managers}.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._resolve_spec_v2_tokens":
             results.settle_runs,
@@ -105,6 +106,7 @@ def _take_over() -> None:
             results.count_live,
         f"{managers}.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats":
             metrics.by_path,
+        "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req": session.keep_what_is_written,
     }  # fmt: skip
     if current_platform.device_type == "cuda":
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
