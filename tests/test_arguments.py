@@ -375,3 +375,23 @@ def test_what_means_another_thing_or_nothing_is_said_once(on_hopper: None, caplo
     assert "--speculative-accept-threshold-single 0.5 has no effect: a drafted token is accepted if" in single
     assert "--speculative-use-block-verification has no effect" in block
     assert "tree of 15 nodes" in served
+
+
+def test_a_draft_on_the_hub_is_checked_as_one_in_a_directory(
+    on_hopper: None, make_draft: MakeDraft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = Path(make_draft(drop="layers.1.mlp.up_proj.weight"))
+    snapshot = tmp_path / "cache" / "models--some--draft" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    for file in ("config.json", "model.safetensors"):
+        (folder / file).rename(snapshot / file)
+    refs = tmp_path / "cache" / "models--some--draft" / "refs"
+    refs.mkdir()
+    (refs / "v2").write_text("a" * 40)
+    with pytest.raises(ValueError, match=r"some/draft: tensor layers\.1\.mlp\.up_proj\.weight missing"):
+        settle(
+            speculative_draft_model_path="some/draft",
+            speculative_draft_model_revision="v2",
+            download_dir=str(tmp_path / "cache"),
+        )
