@@ -343,6 +343,12 @@ def test_what_serves_on_cuda(on_hopper: None, dtype: str, backend: str, decode: 
     assert settled.speculative_num_draft_tokens == 16
 
 
+def test_a_draft_takes_its_targets_type(on_hopper: None, make_draft: MakeDraft) -> None:
+    settled = settle(speculative_draft_model_path=make_draft(dtype="float32"))
+    assert settled.dtype == "bfloat16"  # by "auto", SGLang would load this draft as float16
+    assert settle(dtype="float16").dtype == "float16"
+
+
 def test_another_attention_backend_on_cuda_is_sglangs_to_serve(on_hopper: None) -> None:
     settled = settle(attention_backend="triton")
     assert (settled.attention_backend, settled.speculative_num_draft_tokens) == ("triton", None)
