@@ -231,7 +231,9 @@ def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
     if backend == PLAIN_ATTENTION:
         for phase in Phase.ALL:  # no graph can hold this backend, which asks the device for lengths
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
-    return {"attention_backend": backend, "cuda_graph_config": graphs}
+    # A draft reads the target's features: of its own type, which "auto" would give it, it could not.
+    dtype = _target(server_args).dtype if view.dtype == "auto" else view.dtype
+    return {"attention_backend": backend, "cuda_graph_config": graphs, "dtype": dtype}
 
 
 def _check_attention(server_args: Any) -> None:

@@ -343,6 +343,12 @@ def test_what_serves_on_cuda(on_hopper: None, dtype: str, backend: str, decode: 
     assert settled.speculative_num_draft_tokens == 16
 
 
+def test_a_draft_takes_its_targets_type(on_hopper: None, make_draft: MakeDraft) -> None:
+    settled = settle(speculative_draft_model_path=make_draft(dtype="float32"))
+    assert settled.dtype == "bfloat16"  # by "auto", SGLang would load this draft as float16
+    assert settle(dtype="float16").dtype == "float16"
+
+
 def test_another_attention_backend_on_cuda_is_sglangs_to_serve(on_hopper: None) -> None:
     settled = settle(attention_backend="triton")
     assert (settled.attention_backend, settled.speculative_num_draft_tokens) == ("triton", None)
@@ -375,3 +381,23 @@ def test_what_means_another_thing_or_nothing_is_said_once(on_hopper: None, caplo
     assert "--speculative-accept-threshold-single 0.5 has no effect: a drafted token is accepted if" in single
     assert "--speculative-use-block-verification has no effect" in block
     assert "tree of 15 nodes" in served
+
+
+def test_a_draft_on_the_hub_is_checked_as_one_in_a_directory(
+    on_hopper: None, make_draft: MakeDraft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = Path(make_draft(drop="layers.1.mlp.up_proj.weight"))
+    snapshot = tmp_path / "cache" / "models--some--draft" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    for file in ("config.json", "model.safetensors"):
+        (folder / file).rename(snapshot / file)
+    refs = tmp_path / "cache" / "models--some--draft" / "refs"
+    refs.mkdir()
+    (refs / "v2").write_text("a" * 40)
+    with pytest.raises(ValueError, match=r"some/draft: tensor layers\.1\.mlp\.up_proj\.weight missing"):
+        settle(
+            speculative_draft_model_path="some/draft",
+            speculative_draft_model_revision="v2",
+            download_dir=str(tmp_path / "cache"),
+        )
