@@ -72,14 +72,25 @@ def _create_worker(original: Callable[..., Any], algorithm: Any, server_args: An
 
 
 def _take_over() -> None:
-    """What else changes in a process whose DFLASH is ours: the draft's network, and CUDA's attention and graphs."""
+    """What else changes in a process whose DFLASH is ours: the draft's network, who is admitted, what sessions keep,
+    and CUDA's attention and graphs.
+    """
     from sglang.srt.models.registry import ModelRegistry
     from sglang.srt.platforms import current_platform
 
     from sglang_dflash.draft.config import ARCHITECTURES
     from sglang_dflash.draft.network import DFlashDraftModel
+    from sglang_dflash.step import admission, session
 
     ModelRegistry.models.update(dict.fromkeys(ARCHITECTURES, DFlashDraftModel))
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler.validate_dflash_request", admission.refusal, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req",
+        session.keep_what_is_written,
+        HookType.AROUND,
+    )
     if current_platform.device_type == "cuda":
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
@@ -91,4 +102,4 @@ def _take_over() -> None:
             attention.capture_both_ways,
             HookType.AROUND,
         )
-        HookRegistry.apply_hooks()
+    HookRegistry.apply_hooks()
