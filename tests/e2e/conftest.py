@@ -55,6 +55,17 @@ def serve(pair: embedded.Pair) -> Serve:
     return run
 
 
+@pytest.fixture(scope="session")
+def default_server(serve: Serve) -> Iterator[str]:
+    """A server as a user starts it, for all modules that ask single requests of it."""
+    # Name and draft as a user gives them; --enable-metrics is what serves /metrics.
+    with serve(
+        "--speculative-algorithm", "DFLASH", "--model-path", "smollm2-135m",
+        "--enable-metrics", "--enable-custom-logit-processor", "--enable-streaming-session",
+    ) as url:  # fmt: skip
+        yield url
+
+
 def planted(what: str) -> dict[str, str]:
     """The environment of a server with plant/dflash_plant.py in it; what: its DFLASH_PLANT."""
     path = os.pathsep.join(filter(None, [str(PLANT), os.environ.get("PYTHONPATH")]))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
 
 import httpx
 import pytest
 from client import Body, generate
-from conftest import Plain, Serve
+from conftest import Plain
 from openai import AsyncOpenAI
 from prompts import SETTINGS
 
@@ -17,13 +16,8 @@ from sglang_dflash.cli.load import gsm8k
 
 
 @pytest.fixture(scope="module")
-def server(serve: Serve, plain: Plain) -> Iterator[str]:
-    # Name and draft as a user gives them; --enable-metrics is what serves /metrics.
-    with serve(
-        "--speculative-algorithm", "DFLASH", "--model-path", "smollm2-135m",
-        "--enable-metrics", "--enable-custom-logit-processor",
-    ) as url:  # fmt: skip
-        yield url
+def server(default_server: str) -> str:
+    return default_server
 
 
 @pytest.fixture(scope="module")
