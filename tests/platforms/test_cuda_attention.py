@@ -1,0 +1,157 @@
+"""Which way a window pass goes, what it is given, and what a CUDA graph is recorded of: SGLang's backend is a fake."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import sglang.srt.layers.attention as sglang_attention
+import torch
+
+from sglang_dflash.platforms.cuda import SHORT_PREFIX
+
+HEADS, KV_HEADS, DIM = 4, 2, 8
+NARROW, WIDE = 2, 64
+OURS, THEIRS = "sglang_dflash.platforms.cuda.attention", "flashattention_backend"
+
+
+class FakeBase:
+    """SGLang's backend, which only a machine with CUDA can import."""
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None: ...
+    def init_forward_metadata(self, forward_batch: Any) -> None: ...
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None: ...
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None: ...
+
+
+@pytest.fixture
+def attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Our module over the fake one; both are gone afterwards."""
+    fake = ModuleType(THEIRS)
+    fake.FlashAttentionBackend = FakeBase
+    monkeypatch.setitem(sys.modules, f"{sglang_attention.__name__}.{THEIRS}", fake)
+    monkeypatch.setattr(sglang_attention, THEIRS, fake, raising=False)
+    before = sys.modules.pop(OURS, None)
+    yield importlib.import_module(OURS)
+    del sys.modules[OURS]
+    if before is not None:
+        sys.modules[OURS] = before
+
+
+@pytest.fixture
+def backend(attention: ModuleType) -> Any:
+    """One whose kernels write down how they were called."""
+    made = attention.WindowAttentionBackend()
+    made.__dict__.update(
+        num_attention_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, page_size=1, device="cpu",
+        kv_cache_dtype=torch.float32, has_softcap=False, num_splits=0, fa_impl_ver=3,
+        forward_metadata=SimpleNamespace(page_table=torch.zeros(2, 16, dtype=torch.int32)),
+        token_to_kv_pool=SimpleNamespace(get_kv_buffer=lambda layer: ("keys", "values")),
+        scheduled=[],
+    )  # fmt: skip
+    made._get_scheduler_metadata = lambda **asked: made.scheduled.append(asked) or "tiles"
+    return made
+
+
+def batch(width: int, lens: list[int], mask: torch.Tensor | None, bound: int | None = None) -> Any:
+    return SimpleNamespace(
+        forward_mode=SimpleNamespace(is_target_verify=lambda: True),
+        batch_size=len(lens),
+        seq_lens=torch.tensor(lens),
+        seq_lens_cpu=None if bound is None else torch.tensor([1, bound]),
+        spec_info=SimpleNamespace(draft_token_num=width, window_mask=mask),
+        out_cache_loc="slots",
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "bound", "in_one"),
+    [
+        (NARROW, SHORT_PREFIX + 1, True),
+        (WIDE, SHORT_PREFIX, True),
+        (WIDE, SHORT_PREFIX + 1, False),
+        (WIDE, None, False),
+    ],
+)
+def test_wide_windows_behind_long_or_unknown_prefixes_go_two_ways(
+    backend: Any, width: int, bound: int | None, in_one: bool
+) -> None:
+    backend.init_forward_metadata(batch(width, [5, 6], None, bound))
+    assert backend._in_one is in_one
+    assert len(backend.scheduled) == (0 if in_one else 1)
+    if not in_one:
+        assert backend.scheduled[0]["max_seqlen_q"] == width
+        assert backend.scheduled[0]["cache_seqlens"].tolist() == [5, 6]
+
+
+def test_graphs_are_recorded_of_both_ways_where_there_are_two(attention: ModuleType, backend: Any) -> None:
+    for width, variants in ((NARROW, None), (WIDE, attention.Ways)):
+        seen: list[Any] = []
+        runner = SimpleNamespace(attn_backend=backend, captured_req_width=width)
+        attention.capture_both_ways(lambda r, seen=seen: seen.append(r.attention_graph_variants), runner)
+        assert seen == [variants]
+
+
+@pytest.mark.parametrize(("variant", "in_one"), [("short prefix", True), ("long prefix", False), (None, True)])
+def test_a_graph_holds_the_way_it_is_recorded_of(
+    attention: ModuleType, backend: Any, monkeypatch: pytest.MonkeyPatch, variant: str | None, in_one: bool
+) -> None:
+    monkeypatch.setattr(attention, "get_capture_attention_variant", lambda: variant)
+    backend.init_cuda_graph_state(2, 2 * WIDE)
+    backend.init_forward_metadata_out_graph(batch(WIDE, [1, 1], None), in_capture=True)
+    assert backend._in_one is in_one
+    backend.init_forward_metadata_in_graph(batch(WIDE, [1, 1], None))
+    assert len(backend.scheduled) == (0 if in_one else 1)
+
+
+def test_rows_that_pad_a_batch_see_themselves_and_buffers_stay_in_place(backend: Any) -> None:
+    backend._in_one = True
+    backend.init_cuda_graph_state(4, 4 * NARROW)
+    where = backend._graph_mask.data_ptr(), backend._graph_lens.data_ptr()
+    given = torch.ones(1, NARROW, NARROW, dtype=torch.bool)
+    backend.init_forward_metadata_out_graph(batch(NARROW, [7, 1], given))
+    assert (backend._mask.data_ptr(), backend._prefix_lens.data_ptr()) == where
+    assert backend._prefix_lens.tolist() == [7, 1]
+    assert backend._mask[0].all()
+    assert torch.equal(backend._mask[1], torch.eye(NARROW, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("in_one", [True, False])
+@pytest.mark.parametrize("save", [True, False])
+def test_each_way_calls_its_kernels(
+    attention: ModuleType, backend: Any, monkeypatch: pytest.MonkeyPatch, in_one: bool, save: bool
+) -> None:
+    calls: list[tuple[str, Any]] = []
+    rows = 2 * WIDE
+    q, k, v = (torch.zeros(rows, heads * DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    layer = SimpleNamespace(
+        layer_id=0, sliding_window_size=-1, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS,
+        head_dim=DIM, scaling=0.5, logit_cap=0.0,
+    )  # fmt: skip
+
+    def note(name: str, *result: Any) -> Callable[..., Any]:
+        return lambda *args, **named: (calls.append((name, (*args, named))), result)[1] if result else None
+
+    monkeypatch.setattr(attention.kernels, "tree_attention", lambda *a: calls.append(("one", a)) or a[0])
+    monkeypatch.setattr(attention.kernels, "window_attention", lambda *a: calls.append(("window", a)))
+    backend.get_paged_mha_kv_cache = lambda layer: ("keys", "values")
+    backend.flash_attn_with_kvcache = note("prefix", torch.zeros(2, WIDE, HEADS, DIM), torch.zeros(HEADS, rows))
+    backend.init_forward_metadata(batch(WIDE, [5, 6], None, SHORT_PREFIX + (not in_one)))
+    out = backend.forward_extend(q, k, v, layer, batch(WIDE, [5, 6], None), save)
+    assert out.shape == (rows, HEADS * DIM)
+    assert [name for name, _ in calls] == (["one"] if in_one else ["prefix", "window"])
+    assert ("slots" in [a for a in calls[-1][1] if isinstance(a, str)]) is save
+    if not in_one:
+        named = calls[0][1][-1]
+        assert named["causal"] is False
+        assert named["cache_seqlens"].tolist() == [5, 6]
+
+
+def test_a_sliding_window_is_refused(backend: Any) -> None:
+    layer = SimpleNamespace(layer_id=3, sliding_window_size=128)
+    with pytest.raises(NotImplementedError, match="layer 3 asks attention for a sliding window"):
+        backend.forward_extend(None, None, None, layer, batch(WIDE, [5], None))
