@@ -175,4 +175,4 @@ def shapes_of(named_tensors: Any) -> dict[str, Shape]:
 
 
 def _refusal(error: ValueError) -> str:
-    return f"The update is refused, and the old weights are served on: {error}."
+    return f"The update is refused, and the old weights are served on: {str(error).rstrip('.')}."
