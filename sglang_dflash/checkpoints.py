@@ -39,6 +39,11 @@ class Checkpoint(NamedTuple):
             return tensor_shapes_on_disk(folder)
         return _shapes_on_hub(self)
 
+    def shapes_here(self) -> dict[str, Shape]:
+        """The same of a checkpoint whose safetensors are all on this machine; none of any other."""
+        folder = self.folder()
+        return tensor_shapes_on_disk(folder) if folder is not None and _is_whole(folder) else {}
+
     def tensor_names(self) -> set[str]:
         """The names alone; none where it has no safetensors."""
         folder = self.folder()

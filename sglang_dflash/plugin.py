@@ -94,6 +94,7 @@ def _take_over() -> None:
     from sglang_dflash.draft.config import ARCHITECTURES
     from sglang_dflash.draft.network import DFlashDraftModel
     from sglang_dflash.step import admission, carry, results, session
+    from sglang_dflash.updates import select_runners
 
     ModelRegistry.models.update(dict.fromkeys(ARCHITECTURES, DFlashDraftModel))
     managers = "sglang.srt.managers"
@@ -107,6 +108,7 @@ def _take_over() -> None:
         f"{managers}.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats":
             metrics.by_path,
         "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req": session.keep_what_is_written,
+        f"{managers}.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._select_runners": select_runners,
     }  # fmt: skip
     if current_platform.device_type == "cuda":
         from sglang.srt.layers.attention.attention_registry import register_attention_backend

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sglang_dflash import kernels
 from sglang_dflash.arguments import options_of
+from sglang_dflash.checkpoints import Checkpoint
 from sglang_dflash.metrics import step_metrics
 from sglang_dflash.step.carry import Carry
 from sglang_dflash.step.commit import commit
@@ -32,6 +33,7 @@ from sglang_dflash.step.results import StepResult
 from sglang_dflash.step.sampling import adjust_logits, sample_nodes
 from sglang_dflash.step.window import Window, window_input
 from sglang_dflash.tree import DraftTree, Walk, walk
+from sglang_dflash.updates import DraftUpdater, TargetUpdater
 
 
 class DFlashWorker(BaseSpecWorker):
@@ -51,6 +53,7 @@ class DFlashWorker(BaseSpecWorker):
                 set_fused_op_backend(KernelBackend.TORCH)
         self.draft = DraftRunner(self.options, server_args, gpu_id, nccl_port, self.target)
         self._draft_worker = self.draft.worker
+        self._check_updates(server_args)
         _set_width(self.target, self.options.verified)
         _set_width(self.draft.runner, self.options.block)
         # What SGLang's gauges tell.
@@ -82,6 +85,20 @@ class DFlashWorker(BaseSpecWorker):
 
     def weight_update_runners(self) -> list[tuple[str, Any]]:
         return [("draft", self.draft.runner)]
+
+    def _check_updates(self, server_args: Any) -> None:
+        """Put ours in place of SGLang's updaters, which weigh nothing that they are given."""
+        config = self.target.model_config
+        checkpoint = Checkpoint(config.model_path, config.revision, server_args.download_dir)
+        self.target.weight_updater = TargetUpdater.around(
+            self.target.weight_updater,
+            follow=self.draft.follow_target,
+            tensors=checkpoint.shapes_here(),
+            tied=bool(getattr(config.hf_text_config, "tie_word_embeddings", False)),
+        )
+        self.draft.runner.weight_updater = DraftUpdater.around(
+            self.draft.runner.weight_updater, follow=self.draft.follow_target, config=self.options.draft
+        )
 
     @property
     def spec_v2_attn_backends(self) -> tuple[Any, ...]:

@@ -117,7 +117,7 @@ def tensor_shapes_on_disk(path: str | Path) -> dict[str, Shape]:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise ValueError(
-                f"Draft checkpoint {folder} has no .safetensors file: convert or download its weights."
+                f"Checkpoint {folder} has no .safetensors file: convert or download its weights."
             )
         return {name: shape for file in files for name, shape in _header(file).items()}
     weight_map = files_of_index(index)
@@ -140,7 +140,7 @@ def files_of_index(index: Path) -> dict[str, str]:
 
 def _header(file: Path) -> dict[str, Shape]:
     if not file.is_file():
-        raise ValueError(f"Draft checkpoint file {file} is missing: download it.")
+        raise ValueError(f"Checkpoint file {file} is missing: download it.")
     try:
         with safe_open(file, framework="np") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118

@@ -30,7 +30,7 @@ class Selector(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(config.vocab_size, config.selector_rank)))
 
     def bind_target(self, embedding: Tensor, head: Tensor) -> None:
-        """Called once, after load, with the target's tables [V, H]. Free codebooks ask nothing of them."""
+        """Called after every load, with the target's tables [V, H]. Free codebooks ask nothing of them."""
 
 
 class TiedSelector(Selector):
@@ -43,12 +43,15 @@ class TiedSelector(Selector):
         self.eps = config.selector_eps
         self.predecessor_projection = nn.Linear(config.hidden_size, config.selector_rank, bias=False)
         self.successor_projection = nn.Linear(config.hidden_size, config.selector_rank, bias=False)
+        for name in ("predecessor_codebook", "successor_codebook"):
+            self.register_buffer(name, torch.empty(config.vocab_size, config.selector_rank), persistent=False)
 
+    @torch.no_grad()
     def bind_target(self, embedding: Tensor, head: Tensor) -> None:
-        """Expand the codebooks from the target's embedding and head, both [V, H] in the draft's dtype."""
+        """Expand the codebooks, in place, from the target's embedding and head, both [V, H] in the draft's dtype."""
         predecessors = self.predecessor_projection(embedding)
-        self.predecessor_codebook = F.rms_norm(predecessors, predecessors.shape[-1:], eps=self.eps)
-        self.successor_codebook = self.successor_projection(head)
+        self.predecessor_codebook.copy_(F.rms_norm(predecessors, predecessors.shape[-1:], eps=self.eps))
+        self.successor_codebook.copy_(self.successor_projection(head))
 
 
 def make_selector(config: DraftConfig) -> Selector | None:

@@ -48,17 +48,21 @@ class DraftRunner:
         self.options = options
         self.runner = self.worker.model_runner
         self.network = self.runner.model
-        embedding = target.model.get_input_embeddings()
-        self.network.embed = embedding.forward
+        self._embedding = target.model.get_input_embeddings()
+        self.network.embed = self._embedding.forward
         self._lm_head = target.model.lm_head
         self._logits = target.model.logits_processor._compute_lm_head
-        self.selector = build_selector(self.network, embedding=embedding.weight, head=self._lm_head.weight)
+        self.follow_target()
         self._grow = grow_chain if options.chain else grow
         self._captured: dict[int, DraftTree] = {}  # by batch size: what a replayed graph leaves behind
         self.runner.capture_tail_hooks.append(self._capture_tree)
         block, device = options.block, target.device
         seen = torch.ones(block, block, dtype=torch.bool, device=device)
         self._mask = (seen.tril() if options.draft.causal else seen)[None]
+
+    def follow_target(self) -> None:
+        """Called when the target's or the draft's weights are in place, at first and after each update."""
+        self.selector = build_selector(self.network, embedding=self._embedding.weight, head=self._lm_head.weight)
 
     def bind_pools(self) -> None:
         """Called once, when SGLang has made the draft's KV pool."""

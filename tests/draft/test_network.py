@@ -105,6 +105,18 @@ def test_padding_rows_of_the_target_s_tables_do_not_reach_the_codebooks() -> Non
     assert selector.predecessor_codebook.shape == selector.successor_codebook.shape == (VOCAB, 8)
 
 
+def test_tied_codebooks_follow_the_target_in_place() -> None:
+    """A captured graph holds their memory."""
+    raw = KINDS["tied selector"]
+    network, old, new = loaded(raw, weights(raw)), torch.randn(VOCAB, H), torch.randn(VOCAB, H)
+    fresh = build_selector(loaded(raw, weights(raw)), embedding=new, head=new)
+    selector = build_selector(network, embedding=old, head=old)
+    held = selector.predecessor_codebook, selector.successor_codebook
+    assert build_selector(network, embedding=new, head=new) is selector
+    for codebook, expected in zip(held, (fresh.predecessor_codebook, fresh.successor_codebook), strict=True):
+        assert torch.equal(codebook, expected)
+
+
 def test_tensors_under_a_model_prefix_and_copies_of_the_target_s_are_taken() -> None:
     state = weights(KINDS["qwen3"])
     prefixed = {f"model.{name}": tensor for name, tensor in state.items()}

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
+from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from client import Body, generate
 from conftest import Plain
 from openai import AsyncOpenAI
 from prompts import SETTINGS
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from sglang_dflash import embedded
 from sglang_dflash.cli.load import gsm8k
 
 
@@ -143,3 +149,66 @@ def metrics(server: str) -> dict[str, float]:
 
 def depth(name: str) -> int:
     return int(re.search(r'depth="(\d+)"', name)[1])
+
+
+def save_changed(target: Path, folder: Path, **changes: torch.Tensor) -> Path:
+    """A copy of the target with two layers weakened, and some tensors put in place of others."""
+    shutil.copytree(target, folder, copy_function=shutil.copyfile)
+    (file,) = folder.glob("*.safetensors")
+    state = load_file(file)
+    for name in ("model.layers.12.mlp.down_proj.weight", "model.layers.20.self_attn.o_proj.weight"):
+        state[name] = state[name] / 2
+    file.unlink()
+    save_file({**state, **changes}, file, metadata={"format": "pt"})
+    return folder
+
+
+def by_transformers(path: Path, body: Body) -> list[int]:
+    model, ids = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), torch.tensor([body["input_ids"]])
+    tokens = body["sampling_params"]["max_new_tokens"]
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def test_weights_are_updated_whole_or_not_at_all(
+    server: str, pair: embedded.Pair, short_bodies: list[Body], plain: Plain, tmp_path: Path
+) -> None:
+    """The last test here: it leaves the server with the weights it came with, but changes them on the way."""
+    bodies = [{**b, "sampling_params": {"temperature": 0, "max_new_tokens": 24}} for b in short_bodies[:2]]
+    old = [answer["output_ids"][:24] for answer in plain.short[:2]]
+    changed = save_changed(pair.target, tmp_path / "changed")
+    new = [by_transformers(changed, body) for body in bodies]
+    assert new != old
+
+    def post(path: str, **body: object) -> httpx.Response:
+        return httpx.post(f"{server}/{path}", json=body, timeout=120)
+
+    def update(path: Path) -> httpx.Response:
+        return post("update_weights_from_disk", model_path=str(path))
+
+    def drafts() -> str:
+        return post("weights_checker", action="checksum", selector="draft").text
+
+    def answered() -> list[list[int]]:
+        return [answer["output_ids"] for answer in generate(server, bodies, 2)]
+
+    before = drafts()
+    assert update(changed).is_success
+    assert answered() == new
+    misshaped = save_changed(pair.target, tmp_path / "misshaped", **{"model.norm.weight": torch.ones(7)})
+    foreign = save_changed(pair.target, tmp_path / "foreign", **{"vision.weight": torch.ones(7)})
+    for bad, why in (
+        (misshaped, "model.norm.weight has shape [7]"),
+        (foreign, "no tensor vision.weight"),
+        (tmp_path / "none", "no directory"),
+        (pair.draft, "no tensor"),
+    ):
+        refused = update(bad)
+        assert refused.status_code == httpx.codes.BAD_REQUEST
+        assert why in refused.json()["message"]
+    assert answered() == new
+    assert update(pair.target).is_success
+    assert drafts() == before
+    assert post("release_memory_occupation").is_success
+    assert post("resume_memory_occupation").is_success
+    assert answered() == old

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dflash.platforms import PLAIN_ATTENTION, cpu
+from sglang_dflash.platforms.cpu.hooks import HOOKS
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +22,14 @@ def no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 def on_machine_with(accelerator: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     device = accelerator and torch.device(accelerator)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: device)
+
+
+def test_a_device_that_nobody_names_is_the_cpu() -> None:
+    """Torch built for CUDA names torch.cuda, whose calls need a driver."""
+    hook, kind = HOOKS["torch.get_device_module"]
+    assert kind == HookType.AROUND
+    assert hook(torch.get_device_module) is torch.cpu
+    assert hook(torch.get_device_module, "cuda") is torch.cuda
 
 
 def test_active_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,8 +53,16 @@ def last_slots(req_to_token: Tensor, req_pool_indices: Tensor, lens: Tensor) -> 
     return torch.where(lens > 0, last, -1)
 
 
+def device_module(original: Callable[[Any], Any], device: Any = None) -> Any:
+    """Torch's module of the device in use, where none is named: a torch built for CUDA says torch.cuda without a GPU
+    too, and SGLang waits for that device when memory is released.
+    """
+    return original("cpu" if device is None else device)
+
+
 HOOKS: dict[str, tuple[Callable[..., Any], HookType]] = {
     "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": (assign_slots, HookType.REPLACE),
     "sglang.srt.mem_cache.allocation.get_last_loc": (last_slots, HookType.REPLACE),
     "sglang.srt.entrypoints.engine._set_envs_and_config": (fork_processes, HookType.AFTER),
+    "torch.get_device_module": (device_module, HookType.AROUND),
 }
