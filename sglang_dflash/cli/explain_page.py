@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # it imports torch
 
 SHOWN = 5  # candidates listed at a parting
 LONGEST = 14  # characters of a token's label
-ROW, BOX, CHAR, EDGE = 34, 22, 7.3, 44  # pixels: a leaf's height, a box's, a character's width, an edge's
+ROW, BOX, CHAR, EDGE = 31, 22, 7.3, 44  # pixels: a leaf's height, a box's, a character's width, an edge's
 BARS = 130  # pixels of the highest bar
 
 
@@ -159,7 +159,7 @@ def _parting(step: Step, label: Label, top_k: int) -> str:
     if step.rank is None:
         rank = f"It is not among the draft's {top_k} candidates."
     else:
-        rank = f"The draft had it at rank {step.rank} of {top_k}, too improbable for a node."
+        rank = f"The draft had it at rank {step.rank} of {top_k}, but no node was left for it."
     listed = step.candidates[:SHOWN]
     if step.rank is not None and step.rank > SHOWN:
         listed = [*listed, step.candidates[step.rank - 1]]

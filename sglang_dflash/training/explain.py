@@ -5,6 +5,7 @@ The answer and the target's probabilities are transformers'; what is drafted com
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,13 @@ def explain(
 ) -> Explanation:
     """Follow the target's greedy answer to `prompt` as a server would. depth None: as servers choose it.
 
-    Raises ValueError for a target that is not Llama- or Qwen-shaped and for a depth that the draft does not reach,
-    RuntimeError for a draft with tensors that training knows nothing of.
+    Raises ValueError for a target that is not Llama- or Qwen-shaped, a draft of another kind than training makes, and a
+    depth that the draft does not reach.
     """
+    drafter = read_draft(draft, target)
+    depth = drafted_depth(depth, nodes, drafter.shape.block)
     answer, logp = greedy(target, prompt, max_tokens)
     model = Target.load(target, "cpu", torch.float32)
-    drafter = drafts.load(draft, model.config).eval()
-    depth = drafted_depth(depth, nodes, drafter.shape.block)
     tokens = torch.tensor([prompt + answer])
     batch = Batch(tokens, torch.zeros_like(tokens), torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(tokens))
     context = features(model, batch, list(drafter.shape.features))
@@ -136,12 +137,23 @@ def explain(
     return Explanation(answer, target_p, steps, nodes, depth, drafter.shape.candidates)
 
 
+def read_draft(draft: Path, target: Path) -> drafts.Draft:
+    """The draft. Raises ValueError for one that training does not make."""
+    try:
+        return drafts.load(draft, json.loads((target / "config.json").read_text())).eval()
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{draft} is no draft of the kinds that training makes for {target} ({error}): give one that "
+            "scripts/train_draft.py could have made, and the target it was made for"
+        ) from error
+
+
 def drafted_depth(depth: int | None, nodes: int, block: int) -> int:
     """The depth asked for, or servers' default. Raises ValueError for one that a block of the draft does not hold."""
     from sglang_dflash.arguments import DEFAULT_DEPTH
 
     if depth is None:
-        return min(block - 1, DEFAULT_DEPTH + nodes // 16)
+        return min(block - 1, nodes, DEFAULT_DEPTH + nodes // 16)
     if depth >= block:
         raise ValueError(f"a depth of {depth} is asked of a draft with blocks of {block}: give at most {block - 1}")
     return depth

@@ -141,6 +141,14 @@ def test_command_writes_the_page(tmp_path: Path) -> None:
     assert "<b>9</b>depth" in out.read_text(), "one deeper than with 15 nodes, as on a server"
 
 
+def test_a_draft_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    args = ["explain", "Hi", "--draft", str(tmp_path), "--out", str(tmp_path / "page.html")]
+    result = CliRunner().invoke(app, args, env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert "is no draft of the kinds that training makes" in result.output
+
+
 def test_a_depth_beyond_the_drafts_block(tmp_path: Path) -> None:
     args = ["explain", "Hi", "--max-tokens", "1", "--depth", "16", "--out", str(tmp_path / "page.html")]
     result = CliRunner().invoke(app, args, env={"COLUMNS": "200"})
