@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from sglang_dflash.cli import bench, demo, doctor, embedded
+from sglang_dflash.cli import bench, demo, doctor, embedded, explain, watch
 from sglang_dflash.cli.server import ServerError
 from sglang_dflash.embedded.weights import DownloadError
 
@@ -20,6 +20,8 @@ app = typer.Typer(
     "To serve, start SGLang as ever: `python -m sglang.launch_server --speculative-algorithm DFLASH …`",
 )
 app.command()(demo.demo)
+app.command()(explain.explain)
+app.command()(watch.watch)
 # Options that bench does not know are SGLang's, for the servers it starts.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench.bench)
 app.command()(doctor.doctor)

@@ -84,13 +84,17 @@ def pieces(tokenizer: Any, answer: load.Answer) -> Iterator[tuple[str, bool]]:
     The first chunk is the prefill's; in every later one the last token is the target's own, the others were
     drafted.
     """
-    ends = list(accumulate(answer.steps))
-    own = {0} | {end - 1 for end in ends}
-    texts = [tokenizer.decode(answer.ids[: i + 1], skip_special_tokens=True) for i in range(len(answer.ids))]
+    own = {0} | {end - 1 for end in accumulate(answer.steps)}
+    for i, text in enumerate(texts(tokenizer, answer.ids)):
+        yield text, i not in own
+
+
+def texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """An answer's text token by token."""
+    decoded = [tokenizer.decode(ids[: i + 1], skip_special_tokens=True) for i in range(len(ids))]
     # Bytes of an unfinished character decode to U+FFFD: they are shown with the token that completes it.
-    shown = list(accumulate(texts, lambda done, text: done if text.endswith("\ufffd") else text, initial=""))
-    for i, (done, text) in enumerate(pairwise(shown)):
-        yield text[len(done) :], i not in own
+    shown = accumulate(decoded, lambda done, text: done if text.endswith("\ufffd") else text, initial="")
+    return [text[len(done) :] for done, text in pairwise(shown)]
 
 
 def _summary(plain: list[load.Round], drafted: list[load.Round]) -> Table:

@@ -24,7 +24,7 @@ def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.parametrize("command", ["demo", "bench", "doctor", "embedded"])
+@pytest.mark.parametrize("command", ["demo", "explain", "watch", "bench", "doctor", "embedded"])
 def test_help_of_each_command(command: str) -> None:
     assert command in runner.invoke(app, ["--help"]).output
     result = runner.invoke(app, [command, "--help"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+import yaml
 from client import Body, generate
 from conftest import Plain
 from openai import AsyncOpenAI
@@ -19,6 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from sglang_dflash import embedded
 from sglang_dflash.cli.load import gsm8k
+
+GRAFANA = Path(__file__).parents[2] / "docs" / "grafana"
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,15 @@ def test_metrics_count_what_was_accepted(server: str, short_bodies: list[Body]) 
         re.search(r'part="\w+"', name)[0] for name in after if "step_seconds_total" in name
     }
     assert next(value for name, value in after.items() if "dflash_tree_nodes" in name) == 15
+
+
+@pytest.mark.parametrize("name", ["dashboard.json", "alerts.yml"])
+def test_dashboard_and_alerts_name_metrics_that_are_there(name: str, server: str, short_bodies: list[Body]) -> None:
+    generate(server, [{**short_bodies[2], "sampling_params": {"temperature": 0, "max_new_tokens": 8}}], 1)
+    file = GRAFANA / name
+    named = set(re.findall(r"sglang:\w+", str(yaml.safe_load(file.read_text()))))  # JSON is YAML too
+    assert len(named) > 4
+    assert named <= {key.split("{")[0] for key in metrics(server)}
 
 
 def test_what_overlap_runs_beyond_an_end_counts_nowhere(server: str, short_bodies: list[Body]) -> None:
