@@ -285,7 +285,8 @@ def _compared(ask: Ask, reply: Reply, truths: dict[str, Truth], tie: float, fine
     for turn, answer in enumerate(reply.answers):
         key = f"{ask.truth}.{turn}" if ask.kind == "session" else ask.truth
         got, truth = answer.get("output_ids") or [], truths[key]
-        at = parting(got, truth.ids[: ask.most], whole=ask.kind not in ("leaves", "aborted"))  # these go on beyond the truth
+        endless = ask.kind in ("leaves", "aborted")  # they go on beyond the truth
+        at = parting(got, truth.ids[: ask.most], whole=not endless)
         if at is None:
             continue
         if at < len(truth.gaps) and truth.gaps[at] < tie:
