@@ -36,7 +36,7 @@ def demo(
 ) -> None:
     """Chat with a real SGLang server with DFLASH and without, and see which tokens were drafted.
 
-    Two servers are started one after the other; each loads for about a minute on a CPU. Answers are greedy,
+    Two servers are started one after the other; each loads for about half a minute on a CPU. Answers are greedy,
     so both give the same text. Tokens that the draft guessed and the target accepted are **green**.
     """
     console = Console()

@@ -91,6 +91,9 @@ class TestSessions(StreamingSessionKitMixin, Kit):
     # Hundreds of requests, for minutes.
     test_leak_logprob_concurrent = None
     test_stress_concurrent_sessions = None
+    # They ask for 100,000 tokens, more than this model's context holds.
+    test_first_mid_abort_recovery = None
+    test_nth_mid_abort_recovery = None
 
 
 @pytest.mark.parametrize("tokens", [9, 14, 15])
