@@ -7,6 +7,7 @@ follows them, in place, as captured graphs read it.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def select_runners(original: Callable[..., Any], manager: Any, selector: str = "
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckedUpdater(WeightUpdater):
+class CheckedUpdater(WeightUpdater, ABC):
     """SGLang's updater of one model, asked only for what the model has a place for.
 
     follow: called when new weights are in place.
@@ -43,13 +44,13 @@ class CheckedUpdater(WeightUpdater):
         theirs = {field.name: getattr(updater, field.name) for field in dataclasses.fields(updater)}
         return cls(**theirs, **own)
 
+    @abstractmethod
     def check(self, shapes: Mapping[str, Shape]) -> None:
         """Raise ValueError, naming the tensor, unless the model has a place of that shape for each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_direct(self, shapes: Mapping[str, Shape]) -> None:
         """The same for tensors named as SGLang's parameters are (load format "direct")."""
-        raise NotImplementedError
 
     def update_weights_from_tensor(self, named_tensors: Any, load_format: str | None = None) -> Answer:
         monkey_patch_torch_reductions()  # before tensors of another process are opened
