@@ -66,7 +66,8 @@ def watch(
 ) -> None:
     """Watch a running server: tokens a second, accept length, how deep drafts are accepted, where the time goes.
 
-    The server must have been started with `--enable-metrics`. Ctrl-C ends it.
+    The server must have been started with `--enable-metrics`. Requests and pool use are those of its last log line
+    (`--decode-log-interval`), all else counts every step. Ctrl-C ends it.
     """
     console, last = Console(), poll(url)
     if once:
@@ -91,10 +92,10 @@ def poll(url: str) -> Poll:
         response = httpx.get(address, timeout=10, follow_redirects=True)
     except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
         raise typer.BadParameter(f"no server answers at {url} ({error}): start one, or give its URL") from error
+    if response.status_code == httpx.codes.NOT_FOUND:
+        raise typer.BadParameter(f"the server at {url} serves no metrics: start it with --enable-metrics")
     if response.status_code != httpx.codes.OK:
-        raise typer.BadParameter(
-            f"{address} answers {response.status_code}: start the server with --enable-metrics"
-        )
+        raise typer.BadParameter(f"{address} answers {response.status_code}: {response.text[:200]}")
     values: dict[str, dict[tuple[tuple[str, str], ...], float]] = defaultdict(dict)
     for family in text_string_to_metric_families(response.text):
         for sample in family.samples:
@@ -135,12 +136,11 @@ def reading(before: Poll, after: Poll) -> Reading:
 
 def shown(now: Reading, url: str) -> Group:
     """A reading as lines and bars."""
-    facts = Table.grid(padding=(0, 3))
     length = f"{now.accept_length:.2f}" if now.accept_length else "–"
-    facts.add_row(
-        f"[bold]{now.tok_s:.1f}[/] tok/s", f"accept length [bold green]{length}[/]", f"trees of {now.nodes} nodes",
-        f"{now.running} running, {now.queued} queued", f"pool {now.pool:.1%} used",
-    )  # fmt: skip
+    facts = Text.from_markup(
+        f"[bold]{now.tok_s:.1f}[/] tok/s · accept length [bold green]{length}[/] · {now.nodes} nodes · "
+        f"{now.running} running, {now.queued} queued · pool {now.pool:.1%}"
+    )
     bars = Table.grid(padding=(0, 2))
     for depth, share in enumerate(now.by_depth, 1):
         bars.add_row(f"{depth}", f"{share:.0%}", _bar(share, "green"))

@@ -28,9 +28,10 @@ def serve() -> Iterator[Serve]:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 assert self.path == "/metrics"
-                self.send_response(status)
+                text = next(left, None)
+                self.send_response(503 if text is None else status)
                 self.end_headers()
-                self.wfile.write(next(left).encode())
+                self.wfile.write((text or "going down").encode())
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -54,7 +55,7 @@ def test_one_reading_of_two_looks(serve: Serve) -> None:
     assert result.exit_code == 0, result.output
     assert "accept length 3.96" in result.output
     assert "of 95 steps" in result.output
-    assert "trees of 15 nodes" in result.output
+    assert "15 nodes" in result.output
     assert [line.split()[:2] for line in result.output.splitlines() if "█" in line][:2] == [["1", "91%"], ["2", "64%"]]
     assert [line.split()[0] for line in result.output.splitlines() if " ms " in line] == ["draft", "verify", "other"]
 
@@ -93,6 +94,13 @@ def test_a_server_without_metrics(serve: Serve, texts: list[str], status: int, s
     result = watch(serve(*texts, status=status))
     assert result.exit_code == 2
     assert said in result.output
+
+
+def test_a_server_that_ends_while_it_is_watched(serve: Serve) -> None:
+    result = CliRunner().invoke(app, ["watch", serve(BEFORE, AFTER), "--every", "0.1"], env={"COLUMNS": "160"})
+    assert result.exit_code == 2
+    assert "of 95 steps" in result.output, "the last reading stays"
+    assert "answers 503: going down" in result.output
 
 
 def test_no_server() -> None:
