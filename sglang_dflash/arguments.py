@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_dflash import embedded
+from sglang_dflash.budget import Shape
 from sglang_dflash.checkpoints import Checkpoint
 from sglang_dflash.draft.checkpoint import check_tensors
 from sglang_dflash.draft.config import DraftConfig
@@ -23,8 +24,12 @@ from sglang_dflash.targets import Target
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_NODES = 15
-DEFAULT_DEPTH = 8
+# Trees by nodes and depth, from which a step takes what pays at its load; measured on H100s (docs/gpu.md).
+LADDER = ((0, 0), (2, 2), (4, 4), (7, 7), (15, 10), (31, 15))
+DEFAULT_NODES = 31
+MOST_TOKENS = 1024  # of a verify pass: any GPU is short of arithmetic by then, and a wider tree only waits for it
+UNBOUNDED = 1 << 30
+SGLANGS_REQUESTS = 48  # at once, where SGLang decides for DFLASH
 TOP_K = 16  # candidates a position where the checkpoint names none
 
 # Processes and devices: one serves.
@@ -45,8 +50,8 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "speculative_accept_threshold_acc": (1.0, _SAMPLED),
     "speculative_use_rejection_sampling": (False, _SAMPLED),
     "speculative_use_block_verification": (False, _SAMPLED),
-    "speculative_adaptive": (False, "the tree's size and depth are fixed"),
-    "speculative_adaptive_config": (None, "the tree's size and depth are fixed"),
+    "speculative_adaptive": (False, "trees are chosen by what pays, unless nodes and depth are given"),
+    "speculative_adaptive_config": (None, "trees are chosen by what pays, unless nodes and depth are given"),
     "speculative_token_map": (None, "the draft uses the target's whole vocabulary"),
     "speculative_draft_sink_size": (None, "the draft sees its whole context"),
     "speculative_domino_candidate_pool_size": (2048, "the draft is no Domino draft"),
@@ -58,33 +63,50 @@ def options_of(server_args: Any) -> Options:
     draft = _draft_config(server_args)
     draft.check_draft()
     chain = server_args.speculative_eagle_topk == 1
-    longest = draft.max_depth
-    depth = _asked_depth(server_args, longest)
-    nodes = server_args.speculative_num_draft_tokens
-    if nodes is None:
-        nodes = min(DEFAULT_NODES, depth or DEFAULT_DEPTH, longest) if chain else DEFAULT_NODES
-    if nodes < 0:
-        raise ValueError(
-            f"--speculative-num-draft-tokens must be 0 (plain decoding) or more, got {nodes}"
-        )
-    if depth is None:
-        depth = longest if chain else min(longest, DEFAULT_DEPTH + nodes // 16)
-    depth = min(depth, nodes)
+    depth, nodes = _asked_depth(server_args, draft.max_depth), server_args.speculative_num_draft_tokens
+    if nodes is not None and nodes < 0:
+        raise ValueError(f"--speculative-num-draft-tokens must be 0 (plain decoding) or more, got {nodes}")
+    top_k = min(draft.selector_top_k or TOP_K, draft.vocab_size)
+    longest = depth or draft.max_depth
+    bound = nodes if nodes is not None else longest if chain else min(DEFAULT_NODES, _paths(top_k, longest))
+    _check_bounds(bound, min(bound, longest), top_k, chain)
+    fixed = nodes == 0 or None not in (nodes, depth)
+    trees = {bound: min(bound, longest)} if fixed else _trees(bound, longest, top_k, chain)
+    if not draft.causal:  # drafted whole, whatever is used of it
+        trees = {n: min(n, longest) for n in trees}
+    shapes = [_shape(n, deep, draft, fixed) for n, deep in sorted(trees.items())]
+    return Options(draft, tuple(shapes), chain, top_k)
+
+
+def _trees(bound: int, longest: int, top_k: int, chain: bool) -> dict[int, int]:
+    """Depth by nodes of the trees, or chains, that a step may take: none of more nodes than bound, none deeper."""
+    if chain:
+        return {n: n for n in (*(min(deep, bound) for _, deep in LADDER), bound)}
+    ladder = [n for n, deep in LADDER if n < bound and n <= _paths(top_k, min(deep, longest))]
+    return {n: usual_depth(n, longest) for n in [*ladder, bound]}
+
+
+def usual_depth(nodes: int, longest: int) -> int:
+    """Positions drafted for trees of so many nodes, no more than a block holds: those of the next larger one."""
+    return min(nodes, longest, next((deep for n, deep in LADDER if n >= nodes), longest))
+
+
+def _shape(nodes: int, depth: int, draft: DraftConfig, fixed: bool) -> Shape:
+    block = 1 if nodes == 0 else depth + 1 if draft.causal else draft.block_size
+    return Shape(nodes, depth, block, UNBOUNDED if fixed or nodes == 0 else MOST_TOKENS // (nodes + 1))
+
+
+def _paths(top_k: int, depth: int) -> int:
+    """Nodes of the tree of all paths."""
+    return sum(top_k**level for level in range(1, depth + 1))
+
+
+def _check_bounds(nodes: int, depth: int, top_k: int, chain: bool) -> None:
     if chain and nodes > depth:
         raise ValueError(
             f"a chain (--speculative-eagle-topk 1) of {nodes} tokens (--speculative-num-draft-tokens) is longer "
             f"than the {depth} positions drafted; ask for {depth} or fewer, or for a tree"
         )
-    top_k = min(draft.selector_top_k or TOP_K, draft.vocab_size)
-    paths = sum(top_k**level for level in range(1, depth + 1))
-    if server_args.speculative_num_draft_tokens is None:
-        nodes = min(nodes, paths)
-    _check_bounds(nodes, depth, top_k, paths)
-    block = 1 if nodes == 0 else depth + 1 if draft.causal else draft.block_size
-    return Options(draft, nodes, depth, block, chain, top_k)
-
-
-def _check_bounds(nodes: int, depth: int, top_k: int, paths: int) -> None:
     if top_k > limits.CANDIDATES:
         raise ValueError(
             f"the draft's selector_top_k {top_k} is above {limits.CANDIDATES}, the most candidates a position that a "
@@ -95,7 +117,7 @@ def _check_bounds(nodes: int, depth: int, top_k: int, paths: int) -> None:
             f"--speculative-num-draft-tokens {nodes} is above {limits.NODES}, the most nodes of a tree: "
             f"ask for {limits.NODES} or fewer"
         )
-    if nodes > paths:
+    if nodes > (paths := _paths(top_k, depth)):
         raise ValueError(
             f"--speculative-num-draft-tokens {nodes} is above {paths}, all the paths of {top_k} candidates a position "
             f"in {depth} positions: ask for {paths} nodes or fewer, or for more positions (--speculative-num-steps)"
@@ -166,13 +188,7 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
     _check_draft(server_args, chosen.draft)
     for line in _said_at_start(server_args):
         logger.info("DFLASH: %s.", line)
-    logger.info(
-        "DFLASH: %s of %d nodes, %d deep, drafted in blocks of %d.",
-        "chain" if chosen.chain else "tree",
-        chosen.nodes,
-        chosen.depth,
-        chosen.block,
-    )
+    logger.info("DFLASH: %s.", _told(chosen))
     # SGLang sizes slots, pools and metrics by these; what the user asked for stays readable on the record itself.
     declare_resolution(
         server_args,
@@ -182,11 +198,21 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         speculative_eagle_topk=1,
         speculative_dflash_block_size=None,
         speculative_draft_model_quantization=None,  # SGLang lets a draft inherit its target's
+        **_settled_admission(server_args, chosen),
         **({} if on_cpu else _settled_on_cuda(server_args)),
     )
     original(server_args)
     # SGLang reads it no more: what remains of it is a path's length, by which accept rates are told (metrics.py).
-    declare_resolution(server_args, "sglang_dflash", speculative_dflash_block_size=chosen.depth + 1)
+    declare_resolution(server_args, "sglang_dflash", speculative_dflash_block_size=chosen.largest.depth + 1)
+
+
+def _told(chosen: Options) -> str:
+    """What is drafted, in words."""
+    kind = "chain" if chosen.chain else "tree"
+    trees = [f"{shape.nodes} nodes, {shape.depth} deep" for shape in chosen.shapes if shape.nodes]
+    if len(chosen.shapes) == 1:
+        return f"{kind}s of {trees[0]}, always" if trees else "nothing is drafted"
+    return f"{kind}s of {'; '.join(trees)}; or none, by what pays"
 
 
 def _said_at_start(server_args: Any) -> Iterator[str]:
@@ -211,14 +237,32 @@ def _check_shared_memory(chosen: Options) -> None:
     import torch
 
     there = torch.cuda.get_device_properties().shared_memory_per_block_optin
-    needed = limits.shared_memory(chosen.nodes, chosen.depth, chosen.top_k, chosen.draft.selector_rank)
+    largest = chosen.largest
+    needed = limits.shared_memory(largest.nodes, largest.depth, chosen.top_k, chosen.draft.selector_rank)
     if needed > there:
         raise ValueError(
-            f"{chosen.depth} positions of {chosen.top_k} candidates with a selector of rank "
+            f"{largest.depth} positions of {chosen.top_k} candidates with a selector of rank "
             f"{chosen.draft.selector_rank} take {needed} bytes of a GPU's shared memory, and this one has {there} a "
             "block: ask for fewer positions (--speculative-num-steps), or lower selector_top_k in the draft's "
             "config.json"
         )
+
+
+def _settled_admission(server_args: Any, chosen: Options) -> dict[str, int]:
+    """How many requests run at once, and when one that waits may join them, where the user does not say.
+
+    SGLang lets DFLASH run 48, and a prompt wait until several may join. Steps that shrink with the batch need no such
+    limit: as many run as there are CUDA graphs for, and each joins at once.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    view = resolving_view(server_args)
+    settled = {}
+    if view.min_free_slots_delay is None:
+        settled["min_free_slots_delay"] = 1
+    if view.max_running_requests is None and len(chosen.shapes) > 1:
+        settled["max_running_requests"] = max(SGLANGS_REQUESTS, view.cuda_graph_config.decode.max_bs or 0)
+    return settled
 
 
 def _settled_on_cuda(server_args: Any) -> dict[str, Any]:

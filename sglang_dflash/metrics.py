@@ -1,19 +1,23 @@
-"""What a step measures of itself, in SGLang's /metrics.
+"""What a step measures of itself, for the budget, in SGLang's /metrics and in the log.
 
 SGLang counts accept lengths itself; here are the tree's size, how deep drafts are accepted, and where the time goes.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
+from sglang_dflash.budget import Choice
 from sglang_dflash.options import Options
+
+logger = logging.getLogger(__name__)
 
 
 class Clock:
@@ -33,27 +37,36 @@ class Clock:
 
     verified = done = drafted
 
-    def seconds(self) -> list[float]:
-        """Of each part; a step on a GPU must have ended."""
-        if self._on_gpu:
-            return [start.elapsed_time(end) / 1000 for start, end in pairwise(self._marks)]
-        return [end - start for start, end in pairwise(self._marks)]
+    @property
+    def start(self) -> Any:
+        return self._marks[0]
+
+    def since(self, start: Any) -> float:
+        """Seconds from another step's start to this one's; on a GPU, both must have ended."""
+        return self._seconds(start, self.start)
+
+    def parts(self) -> list[float]:
+        """Seconds of each part; a step on a GPU must have ended."""
+        return [self._seconds(start, end) for start, end in pairwise(self._marks)]
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1000 if self._on_gpu else end - start
 
 
 class StepMetrics:
     """Counts steps into prometheus_client's registry, which SGLang serves."""
 
-    def __init__(self, options: Options, labels: dict[str, str], on_gpu: bool) -> None:
+    def __init__(self, options: Options, labels: dict[str, str]) -> None:
         from prometheus_client import Counter, Gauge  # after SGLang has set its multi-process directory
 
         names = list(labels)
         nodes = Gauge(
             "sglang:dflash_tree_nodes",
-            "Drafted nodes of a tree.",
+            "Most drafted nodes of a tree.",
             names,
             multiprocess_mode="mostrecent",
         )
-        nodes.labels(**labels).set(options.nodes)
+        nodes.labels(**labels).set(options.largest.nodes)
         accepted = Counter(
             "sglang:dflash_accepted_drafts", "Draft tokens accepted, by depth.", [*names, "depth"]
         )
@@ -61,50 +74,70 @@ class StepMetrics:
             **labels
         )
         self._accepted = [
-            accepted.labels(**labels, depth=str(depth)) for depth in range(1, options.depth + 1)
+            accepted.labels(**labels, depth=str(depth)) for depth in range(1, options.largest.depth + 1)
         ]
         seconds = Counter("sglang:dflash_step_seconds", "Seconds of steps, by part.", [*names, "part"])
         self._seconds = [seconds.labels(**labels, part=part) for part in ("draft", "verify", "other")]
-        self._running: deque[Clock] = deque()
-        self._on_gpu = on_gpu
+        shapes = Counter("sglang:dflash_shape_steps", "Steps of batches, by drafted nodes.", [*names, "nodes"])
+        self._shapes = [shapes.labels(**labels, nodes=str(shape.nodes)) for shape in options.shapes]
 
-    def clock(self) -> Clock:
-        """Start timing a step. Steps end in the order in which they started."""
-        clock = Clock(self._on_gpu)
-        self._running.append(clock)
-        return clock
-
-    def step_done(self, accepted_drafts: list[int]) -> None:
-        """Count a step whose results reached the host; accepted_drafts: one number a request."""
-        for counter, seconds in zip(self._seconds, self._running.popleft().seconds(), strict=True):
+    def step_done(self, clock: Clock, shape: int, lens: np.ndarray) -> None:
+        """Count a step whose results reached the host. shape: its index; lens [bs]: emitted tokens, 0 of a request that
+        had ended before.
+        """
+        for counter, seconds in zip(self._seconds, clock.parts(), strict=True):
             counter.inc(seconds)
-        self._steps.inc(len(accepted_drafts))
+        self._shapes[shape].inc()
+        self._steps.inc(int((lens > 0).sum()))
         for depth, counter in enumerate(self._accepted, start=1):
-            counter.inc(sum(drafts >= depth for drafts in accepted_drafts))
+            counter.inc(int((lens > depth).sum()))
 
 
-class NoClock:
-    """Measures nothing."""
+class StepLog:
+    """Says every ten seconds of decoding what steps were chosen and what came of them."""
 
-    def drafted(self) -> None:
-        pass
+    EVERY = 10.0
 
-    verified = done = drafted
+    def __init__(self, options: Options) -> None:
+        self._shapes = options.shapes
+        self._since = time.monotonic()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._steps = [0] * len(self._shapes)
+        self._tokens = self._expected = 0.0
+        self._requests, self._seconds = 0, 0.0
+
+    def step_done(self, choice: Choice, clock: Clock, lens: np.ndarray) -> None:
+        """Take in a step whose results reached the host; lens as in `StepMetrics`."""
+        self._steps[choice.shape] += 1
+        self._tokens += int(lens.sum())
+        self._expected += choice.tokens
+        self._requests += int((lens > 0).sum())
+        self._seconds += sum(clock.parts())
+        if time.monotonic() - self._since >= self.EVERY:
+            logger.info("DFLASH: %s.", self._told())
+            self._since = time.monotonic()
+            self._begin()
+
+    def _told(self) -> str:
+        steps = sum(self._steps)
+        shares = [
+            f"{count / steps:.0%} of {shape.nodes} nodes" if shape.nodes else f"{count / steps:.0%} plain"
+            for shape, count in zip(self._shapes, self._steps, strict=True)
+            if count
+        ]
+        requests = max(self._requests, 1)
+        return (
+            f"{steps} steps of {requests / steps:.1f} requests, {1e3 * self._seconds / steps:.1f} ms each; "
+            f"{self._tokens / requests:.2f} tokens a request ({self._expected / requests:.2f} expected); "
+            f"{', '.join(shares)}"
+        )
 
 
-class NoMetrics:
-    """Stands in where the server serves no metrics."""
-
-    def clock(self) -> NoClock:
-        return NoClock()
-
-    def step_done(self, accepted_drafts: list[int]) -> None:
-        pass
-
-
-def step_metrics(options: Options, server_args: Any, on_gpu: bool, enabled: bool) -> StepMetrics | NoMetrics:
-    """Metrics of a worker, with the labels of SGLang's own."""
-    return StepMetrics(options, sglangs_labels(server_args), on_gpu) if enabled else NoMetrics()
+def step_metrics(options: Options, server_args: Any, enabled: bool) -> StepMetrics | None:
+    """Metrics of a worker, with the labels of SGLang's own; none where the server has none."""
+    return StepMetrics(options, sglangs_labels(server_args)) if enabled else None
 
 
 def sglangs_labels(server_args: Any) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_dflash.budget import Shape
 from sglang_dflash.draft.config import DraftConfig
 
 
@@ -11,27 +12,37 @@ from sglang_dflash.draft.config import DraftConfig
 class Options:
     """How a server drafts and verifies; fixed for its lifetime.
 
-    nodes: drafted nodes of a tree (n), so n + 1 tokens are verified; 0 is plain decoding.
-    depth: drafted positions (d): no path is longer. 0 where nodes is 0.
-    block: tokens of a draft pass, the bonus token included: depth + 1 where the block is causal, else the
-        checkpoint's block size.
-    chain: keep only the most probable path by greedy descent.
-    top_k: candidates a position (K).
+    shapes: what a step may draft, ascending by nodes; one, where the user fixed it. chain: keep only the most probable
+    path by greedy descent. top_k: candidates a position (K).
     """
 
     draft: DraftConfig
-    nodes: int
-    depth: int
-    block: int
+    shapes: tuple[Shape, ...]
     chain: bool
     top_k: int
 
     @property
-    def verified(self) -> int:
-        """Tokens a request that a verify pass reads: the bonus token and the nodes."""
-        return self.nodes + 1
+    def largest(self) -> Shape:
+        """The shape that room is made for."""
+        return self.shapes[-1]
 
     @property
     def window(self) -> int:
-        """Slots a request that a step writes behind the committed prefix."""
-        return max(self.verified, self.block)
+        """Slots a request that a step may write behind the committed prefix."""
+        return max(shape.window for shape in self.shapes)
+
+    def verify_widths(self) -> dict[int, int]:
+        """Tokens a request of the passes that verify, and how many requests each may have."""
+        return {shape.verified: shape.most for shape in self.shapes}
+
+    def draft_widths(self) -> dict[int, int]:
+        """The same of draft passes; several shapes may share one."""
+        blocks: dict[int, int] = {}
+        for shape in self.shapes:
+            if shape.nodes:
+                blocks[shape.block] = max(shape.most, blocks.get(shape.block, 0))
+        return blocks
+
+    def grown(self, block: int) -> Shape:
+        """The largest shape whose draft pass has this width; the first nodes of its tree are the smaller trees."""
+        return max((s for s in self.shapes if s.nodes and s.block == block), key=lambda shape: shape.nodes)

@@ -29,6 +29,7 @@ from sglang_dflash.metrics import step_metrics
 from sglang_dflash.step.carry import Carry
 from sglang_dflash.step.commit import commit
 from sglang_dflash.step.draft_pass import DraftRunner, rows_of
+from sglang_dflash.step.plan import Planner
 from sglang_dflash.step.results import StepResult
 from sglang_dflash.step.sampling import adjust_logits, sample_nodes
 from sglang_dflash.step.window import Window, window_input
@@ -54,12 +55,15 @@ class DFlashWorker(BaseSpecWorker):
         self.draft = DraftRunner(self.options, server_args, gpu_id, nccl_port, self.target)
         self._draft_worker = self.draft.worker
         self._check_updates(server_args)
-        _set_width(self.target, self.options.verified)
-        _set_width(self.draft.runner, self.options.block)
+        if self.target.device == "cuda":
+            from sglang_dflash.platforms.cuda.graphs import set_widths
+
+            set_widths(self.target, self.options.verify_widths())
+            set_widths(self.draft.runner, self.options.draft_widths())
+        largest = self.options.largest
         # What SGLang's gauges tell.
-        self.speculative_num_steps, self.speculative_num_draft_tokens = self.options.depth, self.options.verified
-        on_gpu = self.target.device == "cuda"
-        self.metrics = step_metrics(self.options, server_args, on_gpu, get_observability().enable_metrics)
+        self.speculative_num_steps, self.speculative_num_draft_tokens = largest.depth, largest.verified
+        self.metrics = step_metrics(self.options, server_args, get_observability().enable_metrics)
 
     # -- what SGLang sets up ---------------------------------------------------------------------------------------
 
@@ -77,11 +81,16 @@ class DFlashWorker(BaseSpecWorker):
             super().init_attention_backends()
         self.draft.bind_pools()
         self._target_pools = rows_of(self.target.token_to_kv_pool)
+        requests, on_gpu = len(self.target.req_to_token_pool.req_to_token), self.target.device == "cuda"
+        self.planner = Planner(self.options, requests, on_gpu, self.metrics)
 
     def init_cuda_graphs(self) -> None:
         graphs = get_exec().graph.cuda_graph_config.decode.backend != Backend.DISABLED
         with draft_pp_context(), draft_tp_context(self.draft.layout):
-            self.draft.worker.init_cuda_graphs(capture_decode_cuda_graph=graphs and self.options.nodes > 0)
+            self.draft.worker.init_cuda_graphs(capture_decode_cuda_graph=graphs and self.options.largest.nodes > 0)
+        if graphs and self.target.device == "cuda":
+            drafting = self.draft.runner.decode_cuda_graph_runner.seconds() if self.options.largest.nodes else {}
+            self.planner.expect(self.target.decode_cuda_graph_runner.seconds(), drafting)
 
     def weight_update_runners(self) -> list[tuple[str, Any]]:
         return [("draft", self.draft.runner)]
@@ -103,9 +112,6 @@ class DFlashWorker(BaseSpecWorker):
     @property
     def spec_v2_attn_backends(self) -> tuple[Any, ...]:
         return (self.target.attn_backend, self.draft.runner.attn_backend)
-
-    def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
-        self.metrics.step_done([drafts for drafts in num_correct_drafts_per_req if drafts >= 0])  # -1: ended before
 
     # -- the step --------------------------------------------------------------------------------------------------
 
@@ -135,6 +141,7 @@ class DFlashWorker(BaseSpecWorker):
         result = self._target_worker.forward_batch_generation(
             batch, capture_hidden_mode=CaptureHiddenMode.FULL, return_kv_loc_plan=True
         )
+        self.planner.prefill(batch)
         result.new_seq_lens = batch.seq_lens
         publish(batch.seq_lens)
         features, result.logits_output.hidden_states = result.logits_output.hidden_states, None
@@ -148,19 +155,19 @@ class DFlashWorker(BaseSpecWorker):
     def _step(
         self, batch: Any, publish: Callable[[Tensor], None], grammar_barrier: Callable[[], None] | None
     ) -> GenerationBatchResult:
-        clock = self.metrics.clock()
-        window = Window.open(batch, self.target, self.options)
-        tree = self.draft.draft(batch, window)
-        clock.drafted()
+        step = self.planner.plan(batch)
+        window = Window.open(batch, self.target, step.shape, self.options.draft.mask_token_id)
+        tree = self.draft.draft(batch, window, step.shape)
+        step.clock.drafted()
         verified, positions = self._verify(batch, window, tree)
-        clock.verified()
+        step.clock.verified()
         output = verified.logits_output
         features, output.hidden_states = output.hidden_states, None
         walked = self._sample_and_walk(batch, window, output, positions, tree, grammar_barrier)
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
         commit(window, tree, walked, features, self._target_pools, self.draft)
-        clock.done()
+        step.clock.done()
         return StepResult(
             logits_output=output,
             next_token_ids=walked.tokens.flatten(),
@@ -170,6 +177,8 @@ class DFlashWorker(BaseSpecWorker):
             can_run_cuda_graph=verified.can_run_cuda_graph,
             speculative_num_draft_tokens=self.options.window,
             speculative_output_stride=walked.tokens.shape[1],
+            nodes=walked.nodes,
+            learn=self.planner.learner(step),
         )
 
     def _verify(self, batch: Any, window: Window, tree: DraftTree) -> tuple[GenerationBatchResult, Tensor]:
@@ -187,7 +196,7 @@ class DFlashWorker(BaseSpecWorker):
             capture_hidden_mode=CaptureHiddenMode.FULL,
             return_hidden_states_before_norm=False,
             kv_loc_plan=window.plan,
-            write_cols=slice(0, self.options.verified),
+            write_cols=slice(0, tree.tokens.shape[1]),
         )
         verified = self._target_worker.forward_batch_generation(
             batch=None, forward_batch=forward_batch, is_verify=True
@@ -214,11 +223,6 @@ class DFlashWorker(BaseSpecWorker):
             output.next_token_logits = logits
             compute_spec_logprobs(batch, output, sampled.flatten(), accept_index=_walked_rows(walked, width))
         return walked
-
-
-def _set_width(runner: Any, width: int) -> None:
-    """Let a runner capture passes of this many tokens a request; SGLang knows one width, the whole window's."""
-    runner.decode_num_tokens_per_req = lambda *, num_draft_tokens=None: width
 
 
 def _walked_rows(walked: Walk, width: int) -> Tensor:

@@ -141,30 +141,52 @@ def test_names_and_defaults_of_the_embedded_pair(pair: embedded.Pair) -> None:
     ("arguments", "nodes", "depth", "block", "window", "chain"),
     [
         ({"speculative_num_draft_tokens": 0}, 0, 0, 1, 1, False),
-        ({"speculative_num_draft_tokens": 3}, 3, 3, 4, 4, False),
+        ({"speculative_num_draft_tokens": 3, "speculative_num_steps": 3}, 3, 3, 4, 4, False),
         ({"speculative_num_draft_tokens": 31, "speculative_num_steps": 6}, 31, 6, 7, 32, False),
-        ({"speculative_eagle_topk": 1, "speculative_num_draft_tokens": 7}, 7, 7, 8, 8, True),
+        ({"speculative_eagle_topk": 1, "speculative_num_draft_tokens": 7, "speculative_num_steps": 7}, 7, 7, 8, 8, True),
         ({"speculative_dflash_block_size": 5, "speculative_num_draft_tokens": 15}, 15, 4, 5, 16, False),
     ],
 )
-def test_what_arguments_mean(
+def test_one_tree_always_where_nodes_and_depth_are_given(
     arguments: dict[str, Any], nodes: int, depth: int, block: int, window: int, chain: bool
 ) -> None:
     options = options_of(resolve(**arguments))
-    got = (options.nodes, options.depth, options.block, options.window, options.chain)
+    (shape,) = options.shapes
+    got = (shape.nodes, shape.depth, shape.block, options.window, options.chain)
     assert got == (nodes, depth, block, window, chain)
+    assert shape.most > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shapes"),
+    [
+        ({}, {0: 0, 2: 2, 4: 4, 7: 7, 15: 10, 31: 15}),
+        ({"speculative_num_draft_tokens": 15}, {0: 0, 2: 2, 4: 4, 7: 7, 15: 10}),
+        ({"speculative_num_draft_tokens": 3}, {0: 0, 2: 2, 3: 3}),
+        ({"speculative_num_draft_tokens": 63}, {0: 0, 2: 2, 4: 4, 7: 7, 15: 10, 31: 15, 63: 15}),
+        ({"speculative_num_steps": 4}, {0: 0, 2: 2, 4: 4, 7: 4, 15: 4, 31: 4}),
+        ({"speculative_eagle_topk": 1}, {0: 0, 2: 2, 4: 4, 7: 7, 10: 10, 15: 15}),
+    ],
+)
+def test_otherwise_a_step_takes_one_of_several(arguments: dict[str, Any], shapes: dict[int, int]) -> None:
+    """By nodes, how deep; wide ones for few requests, none for any number."""
+    got = options_of(resolve(**arguments)).shapes
+    assert {shape.nodes: shape.depth for shape in got} == shapes
+    assert got[0].most > 10_000
+    assert all(shape.most * shape.verified <= 1024 for shape in got[1:])
 
 
 def test_a_default_is_no_more_than_the_lattice_holds(make_draft: MakeDraft) -> None:
     draft = make_draft(dflash={"selector_top_k": 5})
     options = options_of(resolve(speculative_draft_model_path=draft, speculative_num_steps=1))
-    assert (options.nodes, options.depth, options.top_k) == (5, 1, 5)
+    assert (options.largest.nodes, options.largest.depth, options.top_k) == (5, 1, 5)
 
 
 def test_a_bidirectional_block_is_drafted_whole(make_draft: MakeDraft) -> None:
     draft = make_draft(dflash={"causal_head": False})
     options = options_of(resolve(speculative_draft_model_path=draft, speculative_num_draft_tokens=3))
-    assert (options.nodes, options.depth, options.block, options.window) == (3, 3, 16, 16)
+    assert [(s.nodes, s.depth, s.block) for s in options.shapes] == [(0, 0, 1), (2, 2, 16), (3, 3, 16)]
+    assert options.window == 16 and options.draft_widths() == {16: 341} and options.grown(16).nodes == 3
 
 
 def reason(draft: str = str(embedded.DRAFT), target: str = "", **arguments: Any) -> str:

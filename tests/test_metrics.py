@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import prometheus_client
 import pytest
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -13,8 +14,9 @@ from sglang.srt.observability.metrics_collector import SchedulerMetricsCollector
 from sglang.srt.runtime_context import get_context, get_parallel, get_spec
 
 from sglang_dflash import embedded
+from sglang_dflash.budget import Shape
 from sglang_dflash.draft.config import DraftConfig
-from sglang_dflash.metrics import by_path, sglangs_labels, step_metrics
+from sglang_dflash.metrics import Clock, by_path, sglangs_labels, step_metrics
 from sglang_dflash.options import Options
 
 RANKS = {"tp_rank": 0, "pp_rank": 0, "moe_ep_rank": 0, "dp_rank": None, "attn_tp_rank": 0, "attn_cp_rank": 0}
@@ -46,10 +48,19 @@ def test_labels_are_those_of_sglangs_own_metrics(server_args: Any, monkeypatch: 
 
 
 def test_a_step_is_counted_under_them(server_args: Any) -> None:
-    options = Options(DraftConfig.load(embedded.DRAFT), nodes=31, depth=6, block=7, chain=False, top_k=16)
-    step_metrics(options, server_args, on_gpu=False, enabled=True)
+    shapes = Shape(0, 0, 1, 256), Shape(31, 6, 7, 32)
+    options = Options(DraftConfig.load(embedded.DRAFT), shapes, chain=False, top_k=16)
+    metrics, clock = step_metrics(options, server_args, enabled=True), Clock(on_gpu=False)
+    clock.drafted()
+    clock.verified()
+    clock.done()
+    assert metrics is not None
+    metrics.step_done(clock, 1, np.array([3, 0, 1]))  # the second request had ended before
     labels = {name: str(value) for name, value in sglangs_labels(server_args).items()}
     assert prometheus_client.REGISTRY.get_sample_value("sglang:dflash_tree_nodes", labels) == 31
+    told = {name: prometheus_client.REGISTRY.get_sample_value(f"sglang:dflash_{name}_total", {**labels, **more})
+            for name, more in (("shape_steps", {"nodes": "31"}), ("steps", {}), ("accepted_drafts", {"depth": "2"}))}
+    assert told == {"shape_steps": 1, "steps": 2, "accepted_drafts": 1}
 
 
 def test_an_accept_rate_is_over_the_positions_of_a_path(server_args: Any) -> None:

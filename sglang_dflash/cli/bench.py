@@ -234,7 +234,7 @@ def _ours(models: Models, tree: str, extra: list[str]) -> Server:
     if reason:
         raise ValueError(f"{reason}: SGLang's own DFLASH would serve it, name it with --opponent instead")
     options = options_of(asked)
-    return Server("ours", args, models.draft_name, options.nodes, options.depth, options.chain)
+    return Server("ours", args, models.draft_name, options.largest.nodes, options.largest.depth, options.chain)
 
 
 def tree_args(tree: str) -> list[str]:

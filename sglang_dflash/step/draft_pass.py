@@ -16,6 +16,7 @@ from sglang.srt.speculative.draft_worker_common import build_draft_tp_worker
 from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
 from torch import Tensor
 
+from sglang_dflash.budget import Shape
 from sglang_dflash.draft.lattice import build_lattice
 from sglang_dflash.draft.selector import build_selector
 from sglang_dflash.kernels import Pools
@@ -54,11 +55,12 @@ class DraftRunner:
         self._logits = target.model.logits_processor._compute_lm_head
         self.follow_target()
         self._grow = grow_chain if options.chain else grow
-        self._captured: dict[int, DraftTree] = {}  # by batch size: what a replayed graph leaves behind
+        # By block and batch size: what a replayed graph leaves behind.
+        self._captured: dict[tuple[int, int], DraftTree] = {}
         self.runner.capture_tail_hooks.append(self._capture_tree)
-        block, device = options.block, target.device
-        seen = torch.ones(block, block, dtype=torch.bool, device=device)
-        self._mask = (seen.tril() if options.draft.causal else seen)[None]
+        widest = max(shape.block for shape in options.shapes)
+        seen = torch.ones(widest, widest, dtype=torch.bool, device=target.device)
+        self._mask = seen.tril() if options.draft.causal else seen
 
     def follow_target(self) -> None:
         """Called when the target's or the draft's weights are in place, at first and after each update."""
@@ -76,15 +78,18 @@ class DraftRunner:
         context = self.network.project_features(features)
         self.network.write_context(context, positions, slots, self._pools)
 
-    def draft(self, batch: Any, window: Window) -> DraftTree:
+    def draft(self, batch: Any, window: Window, shape: Shape) -> DraftTree:
         """One draft pass: the tree, or chain, of what may follow the batch's bonus tokens."""
         tokens = window.block_tokens
-        if self.options.nodes == 0:
+        if shape.nodes == 0:
             return DraftTree.root(tokens[:, 0])
         result = self.runner.forward(self._forward_batch(batch, window))
         if result.can_run_graph:
-            return self._captured[self.runner.decode_cuda_graph_runner.bs].first(len(tokens))
-        return self._tree(result.logits_output.hidden_states, tokens.flatten())
+            graphs = self.runner.decode_cuda_graph_runner
+            tree = self._captured[shape.block, graphs.bs].first(len(tokens))
+        else:
+            tree = self._tree(result.logits_output.hidden_states, tokens.flatten(), shape.block)
+        return tree.smaller(shape.nodes)
 
     def _capture_tree(self, _: Any, output: Any, forward_batch: Any, num_tokens: int) -> None:
         """Called by SGLang at the end of a pass that it captures, and of the two before it that warm up.
@@ -92,15 +97,20 @@ class DraftRunner:
         The tree is read after the verify pass, and all graphs share their memory: what a verify graph needs for a
         while may lie where a draft graph left its outputs. So the first pass's tree, which no graph owns, takes it.
         """
-        tree = self._tree(output.hidden_states, forward_batch.input_ids)
-        self._captured.setdefault(forward_batch.batch_size, tree).take(tree)
+        bs = forward_batch.batch_size
+        block = num_tokens // bs
+        tree = self._tree(output.hidden_states, forward_batch.input_ids, block)
+        self._captured.setdefault((block, bs), tree).take(tree)
 
-    def _tree(self, hidden: Tensor, input_ids: Tensor) -> DraftTree:
-        """From the pass's hidden [bs * block, H] and input_ids [bs * block]."""
+    def _tree(self, hidden: Tensor, input_ids: Tensor, block: int) -> DraftTree:
+        """The largest tree that a pass of this width is asked for, from its hidden [bs * block, H] and input_ids [bs *
+        block].
+        """
         options = self.options
-        bonus_tokens = input_ids.view(-1, options.block)[:, 0].contiguous()
+        shape = options.grown(block)
+        bonus_tokens = input_ids.view(-1, block)[:, 0].contiguous()
         lattice = build_lattice(
-            hidden.view(len(bonus_tokens), options.block, -1)[:, 1 : options.depth + 1],
+            hidden.view(len(bonus_tokens), block, -1)[:, 1 : shape.depth + 1],
             bonus_tokens,
             self._head,
             self.selector,
@@ -108,14 +118,14 @@ class DraftRunner:
             multiplier=options.draft.output_multiplier,
             softcap=options.draft.softcap,
         )
-        return self._grow(lattice, bonus_tokens, options.nodes)
+        return self._grow(lattice, bonus_tokens, shape.nodes)
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self._logits(hidden, self._lm_head)[:, : self.options.draft.vocab_size]
 
     def _forward_batch(self, batch: Any, window: Window) -> ForwardBatch:
         bs, block = window.block_tokens.shape
-        mask = self._mask.expand(bs, -1, -1)
+        mask = self._mask[:block, :block].expand(bs, -1, -1)
         spec_info = window_input(window.block_tokens, window.block_positions, mask, CaptureHiddenMode.NULL)
         forward_batch = ForwardBatch(
             forward_mode=ForwardMode.TARGET_VERIFY,

@@ -8,14 +8,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.managers.utils import GenerationBatchResult, _async_d2h
+from torch import Tensor
 
 
 @dataclass
 class StepResult(GenerationBatchResult):
-    """A step's results; `live`: requests that it counts for, None before the host has settled it."""
+    """A step's results; `live`: requests that it counts for, None before the host has settled it.
+
+    nodes [bs, D + 1] int64: walked nodes, the root first. learn: told them, and how many of each request's count, [bs]
+    int64 both on the host.
+    """
 
     live: int | None = None
+    nodes: Tensor | None = None
+    learn: Callable[[Tensor, Tensor], None] = lambda nodes, lens: None
+
+    def copy_to_cpu(self, *args: Any, **kwargs: Any) -> None:
+        """With what the step learns from, before SGLang marks the end of its copies."""
+        if self.nodes is not None:
+            self.nodes = _async_d2h(self.nodes)
+        super().copy_to_cpu(*args, **kwargs)
 
     def get_num_generated_tokens(self, batch_size: int) -> int:
         """Tokens emitted: of a request that had ended before, a pass that overlap ran all the same emits none."""
@@ -36,6 +49,7 @@ def settle_runs(
         for req, run, length in zip(batch.reqs, tokens, result.accept_lens.tolist(), strict=True)
     ]
     result.accept_lens = torch.tensor(lens, dtype=torch.int32)
+    result.learn(result.nodes, result.accept_lens)
     result.live = sum(length > 0 for length in lens)
     runs = original(processor, result, batch)
     result.num_correct_drafts = sum(lens) - result.live

@@ -14,7 +14,7 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from torch import Tensor
 
 from sglang_dflash import kernels
-from sglang_dflash.options import Options
+from sglang_dflash.budget import Shape
 
 
 @dataclass
@@ -46,18 +46,18 @@ class Window:
     plan: Any
 
     @classmethod
-    def open(cls, batch: Any, runner: Any, options: Options) -> Window:
-        """The next slots of each request in the batch, allocated when the batch was prepared."""
-        prefix_lens, width = batch.seq_lens, options.window
+    def open(cls, batch: Any, runner: Any, shape: Shape, mask_token: int) -> Window:
+        """The next slots of each request in the batch, allocated when the batch was prepared, for a tree of a shape."""
+        prefix_lens, width = batch.seq_lens, shape.window
         slots, deepest, block_tokens, block_positions = kernels.open_window(
             runner.req_to_token_pool.req_to_token,
             batch.req_pool_indices,
             prefix_lens,
             *batch.spec_info.bounds,
             batch.spec_info.bonus_tokens,
-            options.draft.mask_token_id,
+            mask_token,
             width,
-            options.block,
+            shape.block,
         )
         # Where no attention backend asks the host for lengths, it knows only how much was allocated.
         host_lens = batch.seq_lens_cpu if batch.seq_lens_cpu is not None else batch.spec_info.nxt_kv_lens_cpu

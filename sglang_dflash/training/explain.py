@@ -150,10 +150,10 @@ def read_draft(draft: Path, target: Path) -> drafts.Draft:
 
 def drafted_depth(depth: int | None, nodes: int, block: int) -> int:
     """The depth asked for, or servers' default. Raises ValueError for one that a block of the draft does not hold."""
-    from sglang_dflash.arguments import DEFAULT_DEPTH
+    from sglang_dflash.arguments import usual_depth
 
     if depth is None:
-        return min(block - 1, nodes, DEFAULT_DEPTH + nodes // 16)
+        return usual_depth(nodes, block - 1)
     if depth >= block:
         raise ValueError(f"a depth of {depth} is asked of a draft with blocks of {block}: give at most {block - 1}")
     return depth

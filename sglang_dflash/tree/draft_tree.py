@@ -35,6 +35,15 @@ class DraftTree:
         tokens, parents, depths, mask, logp = (x[:bs] for x in self._tensors())
         return DraftTree(tokens, parents, depths, mask, logp, self.max_depth)
 
+    def smaller(self, nodes: int) -> DraftTree:
+        """The tree of its first nodes, in tensors of their own."""
+        if nodes + 1 == self.tokens.shape[1]:
+            return self
+        w = nodes + 1
+        tokens, parents, depths = (x[:, :w].contiguous() for x in (self.tokens, self.parents, self.depths))
+        mask, logp = self.mask[:, :w, :w].contiguous(), self.logp[:, :w].contiguous()
+        return DraftTree(tokens, parents, depths, mask, logp, min(nodes, self.max_depth))
+
     def take(self, other: DraftTree) -> None:
         """Become a copy of another batch's trees, of the same shape."""
         for mine, given in zip(self._tensors(), other._tensors(), strict=True):

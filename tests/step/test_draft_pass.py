@@ -19,12 +19,12 @@ def test_a_captured_tree_outlives_the_memory_of_its_graph(monkeypatch) -> None:
     runner._captured = {}
     made = [tree(10), tree(20), tree(30)]  # by the two passes that warm up, and the one in the graph
     left = iter(made)
-    monkeypatch.setattr(DraftRunner, "_tree", lambda self, hidden, ids: next(left))
+    monkeypatch.setattr(DraftRunner, "_tree", lambda self, hidden, ids, block: next(left))
     batch, output = SimpleNamespace(batch_size=2, input_ids=None), SimpleNamespace(hidden_states=None)
     for _ in made:
         runner._capture_tree(None, output, batch, 2)
     for graphs in made[1:]:
         for x in graphs._tensors():
             x.zero_()  # another graph of the same pool runs
-    assert runner._captured[2].tokens.tolist() == [[30], [31]]
-    assert runner._captured[2].first(1).tokens.tolist() == [[30]]
+    assert runner._captured[1, 2].tokens.tolist() == [[30], [31]]
+    assert runner._captured[1, 2].first(1).tokens.tolist() == [[30]]

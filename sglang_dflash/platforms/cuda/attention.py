@@ -56,12 +56,21 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
     def _is_narrow(self, width: int) -> bool:
         return is_narrow(width, self.num_attention_heads, self.num_kv_heads)
 
+    def make_room(self, requests_by_width: dict[int, int]) -> None:
+        """Make what graphs of these widths read, each for so many requests; once, as graphs keep the addresses."""
+        most = max(requests_by_width.values())
+        super().init_cuda_graph_state(most, max(width * bs for width, bs in requests_by_width.items()))
+        self._graph_lens = torch.ones(most, dtype=torch.int32, device=self.device)
+        self._graph_masks = {  # rows that only pad a batch see themselves: nothing undefined comes of them
+            width: torch.eye(width, dtype=torch.bool, device=self.device).repeat(bs, 1, 1)
+            for width, bs in requests_by_width.items()
+        }
+
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        super().init_cuda_graph_state(max_bs, max_num_tokens)
-        width = max_num_tokens // max_bs
-        self._graph_lens = torch.ones(max_bs, dtype=torch.int32, device=self.device)
-        # Rows that only pad a batch see themselves: nothing undefined comes of them.
-        self._graph_mask = torch.eye(width, dtype=torch.bool, device=self.device).repeat(max_bs, 1, 1)
+        """Asked by the graph runner of each width; new tables would leave the graphs before it without theirs."""
+        room = self._graph_masks[max_num_tokens // max_bs]
+        if len(room) < max_bs:
+            raise ValueError(f"graphs of {max_bs} requests need tables of as many, and room was made for {len(room)}")
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
@@ -78,7 +87,7 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
         if forward_batch.forward_mode.is_target_verify():
             bs = forward_batch.batch_size
-            lens, mask = self._graph_lens[:bs], self._graph_mask[:bs]
+            lens, mask = self._graph_lens[:bs], self._graph_masks[forward_batch.spec_info.draft_token_num][:bs]
             if not in_capture:
                 lens.copy_(forward_batch.seq_lens[:bs])
                 given = forward_batch.spec_info.window_mask

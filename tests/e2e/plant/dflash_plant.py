@@ -45,10 +45,10 @@ def known() -> dict[tuple[int, ...], tuple[list[int], bool]]:
     return {tuple(row["prompt"]): (row["answer"], i % 2 == 0) for i, row in enumerate(rows)}
 
 
-def draft_from_answers(self: Any, batch: Any, window: Any) -> Any:
+def draft_from_answers(self: Any, batch: Any, window: Any, shape: Any) -> Any:
     from sglang_dflash.tree import Lattice, grow
 
-    depth, vocab = self.options.depth, self.options.draft.vocab_size
+    depth, vocab = shape.depth, self.options.draft.vocab_size
     tokens = torch.empty(len(batch.reqs), depth, K, dtype=torch.int64)
     for row, req in enumerate(batch.reqs):
         answer, right = known().get(tuple(req.origin_input_ids), ([], True))  # the server warms up with its own
@@ -59,4 +59,4 @@ def draft_from_answers(self: Any, batch: Any, window: Any) -> Any:
     logp[..., 0] = -0.01
     device = window.prefix_lens.device
     root = window.block_tokens[:, 0].contiguous()
-    return grow(Lattice(tokens.to(device), logp.to(device)), root, self.options.nodes)
+    return grow(Lattice(tokens.to(device), logp.to(device)), root, shape.nodes)

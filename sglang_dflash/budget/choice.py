@@ -1,0 +1,75 @@
+"""Which shape a step takes: the one that makes most tokens a second, and now and then another one, to see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_dflash.budget.cost import Cost
+from sglang_dflash.budget.gain import Gain
+from sglang_dflash.budget.shape import Shape
+
+PROBES = 0.01  # most of the time that may go to steps of other shapes than the best
+RARE = 16  # a shape is tried no more often than every so many steps
+SAVED = 2.0  # most that is saved for probes, in costs of the best step: after a long quiet time they come singly
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A step's shape, by its index, for these requests; what it is thought to bring and to take.
+
+    requests, kinds [bs]: their numbers and kinds; drafting [bs] bool: those that may accept drafts. tokens: emitted by
+    the whole batch; seconds: of the step.
+    """
+
+    shape: int
+    requests: np.ndarray
+    kinds: np.ndarray
+    drafting: np.ndarray
+    tokens: float
+    seconds: float
+
+
+class Budget:
+    """Chooses shapes by what steps were seen to cost and to bring."""
+
+    def __init__(self, shapes: Sequence[Shape], requests: int) -> None:
+        """shapes: ascending by nodes; the smallest may be taken by any batch. requests: as in `Gain`."""
+        self.shapes = shapes
+        self.cost, self.gain = Cost(shapes), Gain(shapes, requests)
+        self._saved = 0.0
+        self._unseen = np.zeros(len(shapes))  # steps since each shape was last taken
+
+    def choose(self, requests: np.ndarray, kinds: np.ndarray, drafting: np.ndarray) -> Choice:
+        """The next step's shape; arguments as in `Choice`."""
+        bs = len(requests)
+        allowed = np.array([bs <= shape.most for shape in self.shapes])
+        tokens = bs + self.gain.expected(requests[drafting]).sum(0)
+        seconds = self.cost.seconds(bs)
+        rates = np.where(allowed, tokens / seconds, -np.inf)
+        shape = int(rates.argmax())
+        self._saved = min(self._saved + PROBES * seconds[shape], SAVED * seconds[shape])
+        if drafting.any():
+            shape = self._probe(shape, allowed, rates, seconds)
+        self._unseen += 1
+        self._unseen[shape] = 0
+        return Choice(shape, requests, kinds, drafting, float(tokens[shape]), float(seconds[shape]))
+
+    def _probe(self, best: int, allowed: np.ndarray, rates: np.ndarray, seconds: np.ndarray) -> int:
+        """Another shape, where one has long not been seen and what was saved pays for what it loses."""
+        due = allowed & (self._unseen >= RARE)
+        due[best] = False
+        lost = seconds * (1 - rates / rates[best])
+        due &= lost <= self._saved
+        if not due.any():
+            return best
+        shape = int(np.where(due, self._unseen, -1).argmax())
+        self._saved -= lost[shape]
+        return shape
+
+    def learn(self, choice: Choice, nodes: np.ndarray, lens: np.ndarray) -> None:
+        """What a step's requests accepted: nodes, lens as in `Gain.accepted`; a request that had ended has lens 0."""
+        there = choice.drafting & (lens > 0)
+        self.gain.learn(choice.requests[there], choice.kinds[there], choice.shape, nodes[there], lens[there])

@@ -1,0 +1,74 @@
+"""What drafting brings: accepted tokens by request and shape, expected from what was accepted before.
+
+A tree's first m nodes are the tree of m nodes, and what is emitted does not depend on what was drafted. So a verified
+tree tells exactly what every smaller one would have brought; of larger ones, it tells by how much they bring more on
+the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sglang_dflash.budget.shape import Shape
+
+KINDS = 2  # of requests: greedy, sampled
+MEMORY = 16  # steps in which a request forgets
+BOLD = 0.25  # most that one step counts for a request
+SERVER = 0.02  # of a step in what requests of a kind accept on the whole
+RATIOS = 0.01  # of a step in how much more a larger tree brings
+USUAL = 0.75  # of drafts at the first position are accepted, before any was seen
+MORE = 0.6  # by how much twice as many nodes bring more, in accepted tokens, before any was seen
+
+
+class Gain:
+    """Accepted drafts of each request under each shape. Requests are named by small numbers, each its own at a time."""
+
+    def __init__(self, shapes: Sequence[Shape], requests: int) -> None:
+        """requests: their numbers are below this. shapes: ascending, none twice."""
+        self._nodes = np.array([s.nodes for s in shapes])
+        self._depths = np.array([s.depth for s in shapes])
+        usual = np.where(self._nodes > 0, USUAL + MORE * np.log2(np.maximum(self._nodes, 1)), 0)
+        self._usual = np.tile(usual, (KINDS, 1))  # [kinds, shapes]: of requests that have not been seen
+        # Of each shape and of the next smaller one, means over steps that tell both: their ratio is what more brings.
+        self._this, self._smaller = self._usual.copy(), np.roll(self._usual, 1, 1)
+        self._mean = np.tile(usual, (requests, 1))
+        self._idle = np.zeros(requests)  # steps since a request was last seen
+
+    def begin(self, requests: np.ndarray, kinds: np.ndarray) -> None:
+        """New requests under these numbers: each accepts as others of its kind do until it is seen."""
+        self._mean[requests] = self._usual[kinds]
+        self._idle[requests] = MEMORY / 4
+
+    def expected(self, requests: np.ndarray) -> np.ndarray:
+        """Accepted drafts in the next step, [requests, shapes]."""
+        return self._mean[requests]
+
+    def accepted(self, shape: int, nodes: np.ndarray, lens: np.ndarray) -> np.ndarray:
+        """Accepted drafts [requests, shape + 1] of this shape and all smaller ones, had each been verified instead.
+
+        nodes [requests, D + 1]: walked nodes, the root first; lens [requests]: how many of them are walked.
+        """
+        depths = np.arange(1, nodes.shape[1])
+        walked = depths < lens[:, None]
+        sizes, deep = self._nodes[: shape + 1, None, None], self._depths[: shape + 1, None, None]
+        return (walked & (nodes[:, 1:] <= sizes) & (depths <= deep)).sum(-1).T
+
+    def learn(self, requests: np.ndarray, kinds: np.ndarray, shape: int, nodes: np.ndarray, lens: np.ndarray) -> None:
+        """Learn from what verified trees came to; arguments as in `accepted`, kinds [requests]."""
+        if shape == 0 or not len(requests):
+            self._idle[requests] += 1
+            return
+        seen = self.accepted(shape, nodes, lens)
+        for kind in np.unique(kinds):
+            mean = seen[kinds == kind].mean(0)
+            self._this[kind, 1 : shape + 1] += RATIOS * (mean[1:] - self._this[kind, 1 : shape + 1])
+            self._smaller[kind, 1 : shape + 1] += RATIOS * (mean[:-1] - self._smaller[kind, 1 : shape + 1])
+        more = self._this[kinds, shape + 1 :] / np.maximum(self._smaller[kinds, shape + 1 :], 1e-6)
+        whole = np.concatenate([seen, seen[:, -1:] * more.cumprod(1)], 1)
+        rate = np.minimum(1 - np.exp(-(self._idle[requests] + 1) / MEMORY), BOLD)[:, None]
+        self._mean[requests] += rate * (whole - self._mean[requests])
+        self._idle[requests] = 0
+        for kind in np.unique(kinds):
+            self._usual[kind] += SERVER * (whole[kinds == kind].mean(0) - self._usual[kind])

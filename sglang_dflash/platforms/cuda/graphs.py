@@ -1,0 +1,95 @@
+"""CUDA graphs of window passes in several widths: one of SGLang's graph runners each, behind the face of one.
+
+SGLang knows one width of passes, and runs another one eagerly without a word. Here a pass goes to the runner of its
+width; one that no runner has is an error, as the shapes that the budget may choose are those that are captured.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
+from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+from sglang.srt.runtime_context import get_exec
+
+# Batch sizes that graphs are captured for: a batch is padded to the next one.
+SIZES = (1, 2, 3, 4, 6, 8, 10, 12, *range(16, 32, 4), *range(32, 64, 8), *range(64, 128, 16), *range(128, 513, 32))
+TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of them
+
+
+def set_widths(runner: Any, widths: dict[int, int]) -> None:
+    """Let a model runner capture graphs of these widths: tokens a request, and how many requests each may have."""
+    runner.window_widths = widths
+    runner.decode_num_tokens_per_req = lambda *, num_draft_tokens=None: (
+        num_draft_tokens if num_draft_tokens in widths else max(widths)
+    )
+    runner._decode_cuda_graph_runner_cls = lambda: WindowGraphs
+    runner.max_shared_logits_buffer_rows = lambda: max(
+        width * max(sizes) for width, sizes in _sizes_by_width(runner).items()
+    )
+
+
+def _sizes_by_width(runner: Any) -> dict[int, list[int]]:
+    """Batch sizes to capture: SGLang's largest, or the user's, bounds all of them; the widest passes come first."""
+    largest = min(max(get_exec().graph.cuda_graph_config.decode.bs), runner.req_to_token_pool.size)
+    by_width = {}
+    for width, most in sorted(runner.window_widths.items(), reverse=True):
+        bound = min(most, largest)
+        by_width[width] = sorted({*(size for size in SIZES if size < bound), bound})
+    return by_width
+
+
+class WindowGraphs:
+    """The graphs of a model runner, by width; what SGLang asks of a decode graph runner goes to the right one."""
+
+    decode_graph_gather_requirements = DecodeCudaGraphRunner.decode_graph_gather_requirements
+
+    def __init__(self, model_runner: Any) -> None:
+        graph = get_exec().graph
+        sizes = _sizes_by_width(model_runner)
+        model_runner.attn_backend.make_room({width: max(batches) for width, batches in sizes.items()})
+        self._runners: dict[int, DecodeCudaGraphRunner] = {}
+        for width, batches in sizes.items():
+            config = with_phase(graph.cuda_graph_config, Phase.DECODE, bs=batches, max_bs=max(batches))
+            with graph.override(cuda_graph_config=config):
+                self._runners[width] = DecodeCudaGraphRunner(model_runner, speculative_num_draft_tokens=width)
+        self._last: DecodeCudaGraphRunner
+        self.capture_bs = sorted({size for batches in sizes.values() for size in batches})
+
+    def can_run_graph(self, forward_batch: Any) -> bool:
+        """Raises LookupError where no graph has this batch's width."""
+        runner = self._runners.get(forward_batch.spec_info.draft_token_num)
+        if runner is None:
+            raise LookupError(
+                f"a pass of {forward_batch.spec_info.draft_token_num} tokens a request has no CUDA graph: there are "
+                f"graphs of {sorted(self._runners)}"
+            )
+        return runner.can_run_graph(forward_batch)
+
+    def execute(self, forward_batch: Any, pp_proxy_tensors: Any = None) -> Any:
+        self._last = self._runners[forward_batch.spec_info.draft_token_num]
+        return self._last.execute(forward_batch, pp_proxy_tensors)
+
+    @property
+    def bs(self) -> int:
+        """Requests of the last pass, those that padded it included."""
+        return self._last.bs
+
+    def seconds(self) -> dict[int, dict[int, float]]:
+        """What passes take, by width, then by requests: replayed as they were captured, behind prefixes of a token."""
+        return {
+            width: {size: _replayed(runner, size) for size in runner.capture_bs if size in (*TIMED, runner.max_bs)}
+            for width, runner in self._runners.items()
+        }
+
+
+def _replayed(runner: DecodeCudaGraphRunner, size: int) -> float:
+    key = min((key for key in runner.backend._graphs if key.size == size), key=str)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+    with runner.backend.replay_session():
+        for mark in marks:
+            mark.record()
+            runner.backend.replay(key, None)
+        torch.cuda.synchronize()
+    return marks[1].elapsed_time(marks[2]) / 1000

@@ -1,0 +1,85 @@
+"""What the next step drafts: the budget asked, and told what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sglang_dflash.budget import Budget, Choice, Shape
+from sglang_dflash.metrics import Clock, StepLog, StepMetrics
+from sglang_dflash.options import Options
+from sglang_dflash.step.sampling import depends_on_history
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: what was chosen for it, and when its parts ended. before: the step that it followed without a break, as
+    its choice and its start; None behind a prefill.
+    """
+
+    choice: Choice
+    shape: Shape
+    clock: Clock
+    before: tuple[Choice, Any] | None
+
+
+class Planner:
+    """Plans steps for one server; results come back in the order of the steps."""
+
+    def __init__(self, options: Options, requests: int, on_gpu: bool, metrics: StepMetrics | None) -> None:
+        """requests: the numbers by which SGLang tells running ones apart are below this."""
+        self._shapes = options.shapes
+        self.budget = Budget(options.shapes, requests)
+        self._log, self._metrics = StepLog(options), metrics
+        self._on_gpu = on_gpu
+        self._before: tuple[Choice, Any] | None = None
+
+    def expect(self, verify: dict[int, dict[int, float]], draft: dict[int, dict[int, float]]) -> None:
+        """Seconds of verify and draft passes by width, then by requests, measured before serving."""
+        for index, shape in enumerate(self._shapes):
+            sizes, seconds = np.array(sorted(verify[shape.verified].items())).T
+            if shape.nodes:
+                seconds = seconds + np.interp(sizes, *np.array(sorted(draft[shape.block].items())).T)
+            self.budget.cost.expect(index, sizes, seconds)
+
+    def prefill(self, batch: Any) -> None:
+        """New requests come in: nothing is known of them, and what this takes is no step's cost."""
+        running = {id(req) for req in batch.decoding_reqs or ()}  # in a mixed batch
+        requests, kinds = _numbers_and_kinds([req for req in batch.reqs if id(req) not in running])
+        self.budget.gain.begin(requests, kinds)
+        self._before = None
+
+    def plan(self, batch: Any) -> Step:
+        """The next step of a batch, from now on."""
+        requests, kinds = _numbers_and_kinds(batch.reqs)
+        drafting = np.array([not depends_on_history(req) for req in batch.reqs])
+        choice = self.budget.choose(requests, kinds, drafting)
+        step = Step(choice, self._shapes[choice.shape], Clock(self._on_gpu), self._before)
+        self._before = choice, step.clock.start
+        return step
+
+    def learn(self, step: Step, nodes: Tensor, lens: Tensor) -> None:
+        """A step's results have reached the host: nodes [bs, D + 1] walked, lens [bs] emitted."""
+        walked, emitted = nodes.numpy(), lens.numpy()
+        if step.before is not None:
+            choice, start = step.before
+            self.budget.cost.took(len(choice.requests), choice.shape, step.clock.since(start))
+        self.budget.learn(step.choice, walked, emitted)
+        self._log.step_done(step.choice, step.clock, emitted)
+        if self._metrics is not None:
+            self._metrics.step_done(step.clock, step.choice.shape, emitted)
+
+    def learner(self, step: Step) -> Any:
+        """`learn` for the results of this step."""
+        return partial(self.learn, step)
+
+
+def _numbers_and_kinds(reqs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """SGLang's numbers of requests, and whether each is greedy (0) or sampled (1)."""
+    numbers = np.array([req.kv.req_pool_idx for req in reqs], dtype=np.int64)
+    return numbers, np.array([int(req.sampling_params.top_k != 1) for req in reqs], dtype=np.int64)
