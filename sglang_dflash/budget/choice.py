@@ -12,7 +12,7 @@ from sglang_dflash.budget.gain import Gain
 from sglang_dflash.budget.shape import Shape
 
 PROBES = 0.01  # most of the time that may go to steps of other shapes than the best
-RARE = 16  # a shape is tried no more often than every so many steps
+RARE = 16, 1000  # a larger, a smaller shape is tried no more often than every so many steps: only its cost is unknown
 SAVED = 2.0  # most that is saved for probes, in costs of the best step: after a long quiet time they come singly
 
 
@@ -59,8 +59,8 @@ class Budget:
 
     def _probe(self, best: int, allowed: np.ndarray, rates: np.ndarray, seconds: np.ndarray) -> int:
         """Another shape, where one has long not been seen and what was saved pays for what it loses."""
-        due = allowed & (self._unseen >= RARE)
-        due[best] = False
+        larger, smaller = RARE
+        due = allowed & (self._unseen >= np.where(np.arange(len(self.shapes)) > best, larger, smaller))
         lost = seconds * (1 - rates / rates[best])
         due &= lost <= self._saved
         if not due.any():

@@ -12,16 +12,16 @@ from sglang_dflash.budget.shape import Shape
 SIZES = tuple(1 << power for power in range(13))  # batch sizes that are told apart; between two, costs are interpolated
 RATE = 0.1  # of a new measurement in what is believed
 SURPRISE = 0.7  # most that one measurement counts, in natural logarithms: a hiccup is no cost
-# Where nothing was measured before serving: a token's share of what a pass costs however few it reads.
-PER_TOKEN = 0.04
-DRAFT = 0.25  # of a draft pass to the target's
+# Where nothing was measured before serving: a token's share of what a pass costs however few it reads, and a draft pass's
+# of the target's. Rather too low: what looks cheap is tried, and known from then on.
+PER_TOKEN, DRAFT = 0.01, 0.1
 
 
 class Cost:
     """Seconds of a step, by requests and shape.
 
-    What is expected only says how costs compare; a batch size's first measured step gives them their scale, and every
-    further one corrects the shape that was taken.
+    Where passes were measured before serving, steps correct that slowly: a hiccup is no cost. Elsewhere what is expected
+    only says how costs may compare, and the first step of each shape and size is believed at once.
     """
 
     def __init__(self, shapes: Sequence[Shape]) -> None:
@@ -30,20 +30,23 @@ class Cost:
         passes = 1 + PER_TOKEN * tokens
         self._expected = passes[..., 0] + DRAFT * np.where(tokens[..., 1] > 0, passes[..., 1], 0)  # [shapes, sizes]
         self._factor = np.full(self._expected.shape, np.nan)  # measured over expected, once there is one
+        self._measured = False  # whether what is expected was
 
     def expect(self, shape: int, requests: np.ndarray, seconds: np.ndarray) -> None:
         """Take what a shape's passes took before serving: seconds [sizes] by requests [sizes], ascending."""
         beyond = np.maximum(np.array(SIZES) / requests[-1], 1)  # in proportion, where larger batches are not known
         self._expected[shape] = np.interp(SIZES, requests, seconds) * beyond
+        self._measured = True
 
     def took(self, requests: int, shape: int, seconds: float) -> None:
         """Learn from a step of so many requests."""
         at = self._nearest(requests)
-        if np.isnan(self._factor[shape, at]):
+        if not self._measured and np.isnan(self._factor[shape, at]):
             self._factor[shape, at] = seconds / self._between(self._expected[shape], requests)
             return
         surprise = np.log(seconds / self.seconds(requests)[shape])
-        self._factor[shape, at] *= np.exp(RATE * np.clip(surprise, -SURPRISE, SURPRISE))
+        believed = self._believed(at)[shape]  # at first, what is known of shapes and sizes nearby
+        self._factor[shape, at] = believed * np.exp(RATE * np.clip(surprise, -SURPRISE, SURPRISE))
 
     def seconds(self, requests: int) -> np.ndarray:
         """What a step of so many requests is thought to take, [shapes] float64."""

@@ -1,0 +1,80 @@
+"""The budget in worlds whose truth the test knows: it finds the best shape, leaves useless drafts, and notices change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from world import SHAPES, World, roof, told
+
+from sglang_dflash.budget import Budget, Shape
+
+
+@pytest.mark.parametrize("bs", [1, 4, 16, 64, 256])
+@pytest.mark.parametrize("likely", [0.8, 0.4])
+@pytest.mark.parametrize("measured", [True, False])
+def test_it_comes_near_the_best_fixed_shape(bs: int, likely: float, measured: bool) -> None:
+    world, budget = World(likely), Budget(SHAPES, 512)
+    if measured:
+        told(budget)
+    world.run(budget, bs, 300)
+    tokens, seconds, _ = world.run(budget, bs, max(100, 6000 // bs))
+    assert tokens / seconds > 0.96 * world.best(bs, 10_000)[1]
+
+
+@pytest.mark.parametrize("bs", [1, 64])
+def test_a_useless_draft_costs_no_more_than_probes(bs: int) -> None:
+    world, budget = World(0.0), told(Budget(SHAPES, 512))
+    world.run(budget, bs, 100)
+    tokens, seconds, taken = world.run(budget, bs, 500)
+    assert tokens / seconds > 0.98 * bs / roof(bs, SHAPES[0])
+    assert 0 < 500 - taken[0] < 50  # it goes on looking
+
+
+def test_a_topic_that_drafts_well_is_noticed_within_fifty_steps() -> None:
+    budget = told(Budget(SHAPES, 512))
+    World(0.0).run(budget, 1, 500)
+    World(0.85).run(budget, 1, 50)
+    *_, taken = World(0.85).run(budget, 1, 50)
+    assert taken[0] < 10
+
+
+def test_a_draft_that_fails_is_left_within_fifty_steps() -> None:
+    budget = told(Budget(SHAPES, 512))
+    World(0.85).run(budget, 16, 200)
+    World(0.0).run(budget, 16, 50)
+    *_, taken = World(0.0).run(budget, 16, 50)
+    assert taken[0] > 40
+
+
+def test_a_wrong_table_heals() -> None:
+    """Measured before serving, the best shape looked four times as expensive as it is, and the worst one cheap."""
+
+    def wrong(bs: int, shape: Shape) -> float:
+        return roof(bs, shape) * {0: 0.5, 15: 2.0, 31: 4.0}.get(shape.nodes, 1.0)
+
+    world, budget = World(0.8), told(Budget(SHAPES, 512), wrong)
+    world.run(budget, 4, 4000)
+    tokens, seconds, _ = world.run(budget, 4, 1000)
+    assert tokens / seconds > 0.95 * world.best(4, 10_000)[1]
+
+
+def test_requests_that_cannot_draft_neither_count_nor_teach() -> None:
+    world, budget = World(0.8), told(Budget(SHAPES, 512))
+    *_, taken = world.run(budget, 4, 100, drafting=False)
+    assert taken[0] == 100  # and no probes: there is nothing to see
+    before = budget.gain.expected(np.arange(4)).copy()
+    world.run(budget, 4, 20, drafting=False)
+    assert (budget.gain.expected(np.arange(4)) == before).all()
+
+
+def test_no_shape_is_taken_by_more_requests_than_it_is_for() -> None:
+    world, budget = World(0.95, cost=lambda bs, shape: 1.0), Budget(SHAPES, 512)  # where the widest always pays
+    for bs in (1, 32, 33, 64, 65, 128, 300, 500):
+        _, _, taken = world.run(budget, bs, 8)
+        assert all(bs <= SHAPES[index].most for index in np.flatnonzero(taken))
+
+
+def test_one_shape_is_always_taken() -> None:
+    budget = Budget([Shape(15, 8, 9, 1 << 30)], 8)
+    choice = budget.choose(np.arange(3), np.zeros(3, dtype=np.int64), np.ones(3, dtype=bool))
+    assert choice.shape == 0
