@@ -30,7 +30,7 @@ TREES = {
     "63 nodes, 15 deep": "--speculative-num-draft-tokens 63 --speculative-num-steps 15",
     "15 nodes, 8 deep": "--speculative-num-draft-tokens 15 --speculative-num-steps 8",
     "2 nodes, 2 deep": "--speculative-num-draft-tokens 2 --speculative-num-steps 2",
-    "chain of 7": "--speculative-num-draft-tokens 7 --speculative-eagle-topk 1",
+    "chain of 7": "--speculative-num-draft-tokens 7 --speculative-num-steps 7 --speculative-eagle-topk 1",
 }
 LISTED = 12  # of the widest gaps
 QUANTILES = (0.05, 0.1, 0.2, 0.3, 0.5)

@@ -233,10 +233,8 @@ def _walked_rows(walked: Walk, width: int) -> Tensor:
 
 def _extend_positions(batch: Any) -> Tensor:
     """Each prefilled token's position, [T] int64, from the host's lengths."""
-    device = batch.seq_lens.device
-    starts = [
-        range(start, start + length)
-        for start, length in zip(batch.prefix_lens, batch.extend_lens, strict=True)
-    ]
-    flat = [position for span in starts for position in span]
-    return torch.tensor(flat, dtype=torch.int64).to(device, non_blocking=True)
+    lengths = zip(batch.prefix_lens, batch.extend_lens, strict=True)
+    flat = torch.cat([torch.arange(start, start + length) for start, length in lengths])
+    if batch.seq_lens.is_cuda:
+        flat = flat.pin_memory()  # else the host waits until the GPU has come so far
+    return flat.to(batch.seq_lens.device, non_blocking=True)

@@ -143,7 +143,10 @@ def test_names_and_defaults_of_the_embedded_pair(pair: embedded.Pair) -> None:
         ({"speculative_num_draft_tokens": 0}, 0, 0, 1, 1, False),
         ({"speculative_num_draft_tokens": 3, "speculative_num_steps": 3}, 3, 3, 4, 4, False),
         ({"speculative_num_draft_tokens": 31, "speculative_num_steps": 6}, 31, 6, 7, 32, False),
-        ({"speculative_eagle_topk": 1, "speculative_num_draft_tokens": 7, "speculative_num_steps": 7}, 7, 7, 8, 8, True),
+        (
+            {"speculative_eagle_topk": 1, "speculative_num_draft_tokens": 6, "speculative_num_steps": 6},
+            6, 6, 7, 7, True,
+        ),
         ({"speculative_dflash_block_size": 5, "speculative_num_draft_tokens": 15}, 15, 4, 5, 16, False),
     ],
 )

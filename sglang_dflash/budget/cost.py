@@ -12,16 +12,16 @@ from sglang_dflash.budget.shape import Shape
 SIZES = tuple(1 << power for power in range(13))  # batch sizes that are told apart; between two, costs are interpolated
 RATE = 0.1  # of a new measurement in what is believed
 SURPRISE = 0.7  # most that one measurement counts, in natural logarithms: a hiccup is no cost
-# Where nothing was measured before serving: a token's share of what a pass costs however few it reads, and a draft pass's
-# of the target's. Rather too low: what looks cheap is tried, and known from then on.
+# Where nothing was measured before serving: a token's share of what a pass costs however few it reads, and a draft
+# pass's of the target's. Rather too low: what looks cheap is tried, and known from then on.
 PER_TOKEN, DRAFT = 0.01, 0.1
 
 
 class Cost:
     """Seconds of a step, by requests and shape.
 
-    Where passes were measured before serving, steps correct that slowly: a hiccup is no cost. Elsewhere what is expected
-    only says how costs may compare, and the first step of each shape and size is believed at once.
+    Where passes were measured before serving, steps correct that slowly: a hiccup is no cost. Elsewhere what is
+    expected only says how costs may compare, and the first step of each shape and size is believed at once.
     """
 
     def __init__(self, shapes: Sequence[Shape]) -> None:

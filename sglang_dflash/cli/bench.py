@@ -234,7 +234,8 @@ def _ours(models: Models, tree: str, extra: list[str]) -> Server:
     if reason:
         raise ValueError(f"{reason}: SGLang's own DFLASH would serve it, name it with --opponent instead")
     options = options_of(asked)
-    return Server("ours", args, models.draft_name, options.largest.nodes, options.largest.depth, options.chain)
+    depth = options.largest.depth if len(options.shapes) == 1 else 0
+    return Server("ours", args, models.draft_name, options.largest.nodes, depth, options.chain)
 
 
 def tree_args(tree: str) -> list[str]:

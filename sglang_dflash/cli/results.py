@@ -44,6 +44,8 @@ def label(kind: str, draft: str | None, nodes: int, depth: int, chain: bool) -> 
     if kind == "own":
         name = "/".join(Path(draft or "").parts[-2:])
         return f"SGLang's own DFLASH, {name}, block {depth + 1}"
+    if nodes and not depth:  # what pays at each step
+        return f"ours, chains of up to {nodes}" if chain else f"ours, up to {nodes} nodes"
     return f"ours, chain of {depth}" if chain else f"ours, {nodes} nodes, {depth} deep"
 
 

@@ -1,4 +1,4 @@
-"""The budget in worlds whose truth the test knows: it finds the best shape, leaves useless drafts, and notices change."""
+"""The budget in worlds whose truth the test knows: it finds the best shape, leaves useless drafts, notices change."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def roof(requests: int, shape: Shape) -> float:
 
 @dataclass
 class World:
-    """likely: a greedy request's chance that the best child is right; each wider shape makes up for a share of misses."""
+    """likely: the chance that the smallest shape has the right child; each wider one makes up for a share of misses."""
 
     likely: float
     cost: Callable[[int, Shape], float] = roof

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from client import Body, accept_length, generate
-from conftest import Plain, Serve
+from conftest import Plain, Serve, planted
 from prompts import CONTEXT
 
 from sglang_dflash import embedded
@@ -24,13 +24,16 @@ OFFLINE_ANSWERS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """A server and how it is asked. kind: its nodes (None: a chain) and depth, for the offline computation."""
+    """A server and how it is asked. kind: its nodes (None: a chain) and depth, for the offline computation. plant: what
+    is put into it.
+    """
 
     args: str
     concurrency: int
     short: int = 24
     long: int = 4
     kind: tuple[int | None, int] | None = None
+    plant: str = ""
 
 
 CASES = {
@@ -40,17 +43,21 @@ CASES = {
         32, kind=(3, 3),
     ),
     "tree 63, no radix": Case(
-        f"--speculative-num-draft-tokens 63 --disable-radix-cache --context-length {CONTEXT}", 8, short=16, long=2
+        "--speculative-num-draft-tokens 63 --speculative-num-steps 11 --disable-radix-cache "
+        f"--context-length {CONTEXT}",
+        8, short=16, long=2,
     ),
     "chain, alone, paged, no radix": Case(
-        "--speculative-num-draft-tokens 7 --speculative-eagle-topk 1 --page-size 16 --disable-radix-cache",
+        "--speculative-num-draft-tokens 7 --speculative-num-steps 7 --speculative-eagle-topk 1 --page-size 16 "
+        "--disable-radix-cache",
         1, short=12, long=2, kind=(None, 7),
     ),
-    "nothing drafted, mixed chunks": Case(
-        "--speculative-num-draft-tokens 0 --chunked-prefill-size 256 --enable-mixed-chunk", 32, short=12, long=4
+    "any shape, mixed chunks": Case(
+        "--chunked-prefill-size 256 --enable-mixed-chunk", 32, short=24, long=4, plant="any shape"
     ),
     "tree 7, mixed chunks, paged": Case(
-        "--speculative-num-draft-tokens 7 --chunked-prefill-size 256 --enable-mixed-chunk --page-size 16",
+        "--speculative-num-draft-tokens 7 --speculative-num-steps 7 --chunked-prefill-size 256 --enable-mixed-chunk "
+        "--page-size 16",
         16, kind=(7, 7),
     ),
 }  # fmt: skip
@@ -63,7 +70,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def server(case: Case, serve: Serve, plain: Plain) -> Iterator[str]:
-    with serve("--speculative-algorithm", "DFLASH", *case.args.split()) as url:
+    env = planted(case.plant) if case.plant else None
+    with serve("--speculative-algorithm", "DFLASH", *case.args.split(), env=env) as url:
         yield url
 
 
@@ -85,8 +93,7 @@ def test_text_is_that_of_plain_decoding(case: Case, answers: list[Body], plain: 
     expected = plain.short[: case.short] + plain.long[: case.long]
     ties = [same_or_tied(answer, truth) for answer, truth in zip(answers, expected, strict=True)]
     assert sum(ties) <= 1, f"{sum(ties)} answers leave plain decoding's at a tie; one in 40 is chance"
-    if "tokens 0" not in case.args:
-        assert accept_length(answers[: case.short]) > 2.0
+    assert accept_length(answers[: case.short]) > (1.5 if case.plant else 2.0)
 
 
 def test_accept_length_is_what_transformers_say(
@@ -106,15 +113,15 @@ def test_accept_length_is_what_transformers_say(
 
 
 def test_a_prefix_hit_accepts_as_the_cold_prompt_does(case: Case, server: str, long_bodies: list[Body]) -> None:
-    if "tokens 0" in case.args or "disable-radix" in case.args:
-        return  # nothing drafted, or nothing hit
+    if "disable-radix" in case.args:
+        return  # nothing is hit
     body = {**long_bodies[-1], "sampling_params": {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}}
     httpx.post(f"{server}/flush_cache").raise_for_status()
     cold, hit = (generate(server, [body], 1)[0] for _ in range(2))
     assert cold["meta_info"]["cached_tokens"] == 0
     assert hit["meta_info"]["cached_tokens"] > 1400
     assert hit["output_ids"] == cold["output_ids"]
-    assert accept_length([hit]) == pytest.approx(accept_length([cold]), rel=0.02)
+    assert accept_length([hit]) == pytest.approx(accept_length([cold]), rel=0.3 if case.plant else 0.02)
 
 
 def test_the_end_of_the_context_ends_an_answer_alone(

@@ -19,8 +19,8 @@ OF_A_BUG = 480  # samples that show it
 AT_ONCE = 40  # samples of one request
 QUESTION = "Tom has 3 boxes with 12 pencils each. How many pencils does he have?"
 
-TREE = "--speculative-num-draft-tokens 3 --random-seed 1"
-CHAIN = "--speculative-num-draft-tokens 2 --speculative-eagle-topk 1 --page-size 16 --random-seed 1"
+TREE = "--speculative-num-draft-tokens 3 --speculative-num-steps 3 --random-seed 1"
+CHAIN = TREE.replace("3", "2") + " --speculative-eagle-topk 1 --page-size 16"
 
 
 @pytest.fixture(scope="module")

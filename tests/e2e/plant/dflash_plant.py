@@ -1,11 +1,13 @@
 """An SGLang plug-in for tests: puts a draft that knows the answers, or a bug, into a server that has this folder on
-its PYTHONPATH. DFLASH_PLANT says which: the path of a file of known answers, or "prefer the draft".
+its PYTHONPATH. DFLASH_PLANT says which: the path of a file of known answers, "prefer the draft", or "any shape".
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import random
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,17 @@ K = 16
 def register() -> None:
     if os.environ["DFLASH_PLANT"] == "prefer the draft":
         HookRegistry.register("sglang_dflash.worker.walk", walk_preferring_the_draft, HookType.AROUND)
+    elif os.environ["DFLASH_PLANT"] == "any shape":
+        HookRegistry.register("sglang_dflash.budget.choice.Budget.choose", choose_any_shape, HookType.AROUND)
     else:
         HookRegistry.register(
             "sglang_dflash.step.draft_pass.DraftRunner.draft", draft_from_answers, HookType.REPLACE
         )
+
+
+def choose_any_shape(choose: Any, budget: Any, *batch: Any) -> Any:
+    """Whatever pays: shapes from step to step as chance will have them, nothing at all among them."""
+    return dataclasses.replace(choose(budget, *batch), shape=random.randrange(len(budget.shapes)))
 
 
 def walk_preferring_the_draft(walk: Any, tree: Any, sampled: torch.Tensor, limit: Any) -> Any:
