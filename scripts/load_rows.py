@@ -3,8 +3,8 @@
 python -m sglang.benchmark.serving --backend sglang ... --output-file gsm8k.0.ours.jsonl
 python scripts/load_rows.py load.json --device "NVIDIA H100 80GB HBM3" gsm8k.*.jsonl
 
-A file is named benchmark.temperature.server.jsonl; server is none, own, ours, or a tree of ours fixed by hand, 15:8. Each
-run of the client is a round; rounds of the same benchmark, server, temperature and load come together in one row.
+A file is named benchmark.temperature.server.jsonl; server is none, own, ours, or a tree of ours fixed by hand, 15:8.
+Each run of the client is a round; rounds of the same benchmark, server, temperature and load make one row.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def test_a_graph_holds_the_way_it_is_recorded_of(
     attention: ModuleType, backend: Any, monkeypatch: pytest.MonkeyPatch, variant: str | None, in_one: bool
 ) -> None:
     monkeypatch.setattr(attention, "get_capture_attention_variant", lambda: variant)
-    backend.init_cuda_graph_state(2, 2 * WIDE)
+    backend.make_room({WIDE: 2})
     backend.init_forward_metadata_out_graph(batch(WIDE, [1, 1], None), in_capture=True)
     assert backend._in_one is in_one
     backend.init_forward_metadata_in_graph(batch(WIDE, [1, 1], None))
@@ -110,14 +110,30 @@ def test_a_graph_holds_the_way_it_is_recorded_of(
 
 def test_rows_that_pad_a_batch_see_themselves_and_buffers_stay_in_place(backend: Any) -> None:
     backend._in_one = True
-    backend.init_cuda_graph_state(4, 4 * NARROW)
-    where = backend._graph_mask.data_ptr(), backend._graph_lens.data_ptr()
+    backend.make_room({WIDE: 2, NARROW: 4})
+    where = backend._graph_masks[NARROW].data_ptr(), backend._graph_lens.data_ptr()
     given = torch.ones(1, NARROW, NARROW, dtype=torch.bool)
     backend.init_forward_metadata_out_graph(batch(NARROW, [7, 1], given))
     assert (backend._mask.data_ptr(), backend._prefix_lens.data_ptr()) == where
     assert backend._prefix_lens.tolist() == [7, 1]
     assert backend._mask[0].all()
     assert torch.equal(backend._mask[1], torch.eye(NARROW, dtype=torch.bool))
+
+
+def test_tables_stay_where_the_first_graphs_found_them(
+    attention: ModuleType, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(FakeBase, "init_cuda_graph_state", lambda self, *sizes: asked.append(sizes))
+    backend.make_room({16: 4, 1: 9})
+    lens, masks = backend._graph_lens, dict(backend._graph_masks)
+    backend.init_cuda_graph_state(4, 64)  # as each width's graph runner asks
+    backend.init_cuda_graph_state(9, 9)
+    assert asked == [(9, 64)]
+    assert backend._graph_lens is lens and all(backend._graph_masks[w] is mask for w, mask in masks.items())
+    assert masks[16].shape == (4, 16, 16) and masks[1].shape == (9, 1, 1) and len(lens) == 9
+    with pytest.raises(ValueError, match="graphs of 10 requests need tables"):
+        backend.init_cuda_graph_state(10, 10)
 
 
 @pytest.mark.parametrize("in_one", [True, False])

@@ -1,0 +1,62 @@
+"""Graphs of several widths, without a GPU: each choosable shape has one, and none is silently run without."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, Phase, with_phase
+from sglang.srt.runtime_context import get_context
+
+from sglang_dflash.budget import Shape
+from sglang_dflash.options import Options
+from sglang_dflash.platforms.cuda import graphs
+
+ANY = 1 << 30
+LADDER = [(0, 0, ANY), (2, 2, 341), (4, 4, 204), (7, 7, 128), (15, 10, 64), (31, 15, 32)]
+
+
+def options(causal: bool = True) -> Options:
+    shapes = [Shape(n, d, d + 1 if causal or n == 0 else 16, most) for n, d, most in LADDER]
+    return Options(None, tuple(shapes), chain=False, top_k=16)  # type: ignore[arg-type]
+
+
+def runner(requests: int) -> Any:
+    return SimpleNamespace(req_to_token_pool=SimpleNamespace(size=requests))
+
+
+@pytest.fixture
+def up_to_256() -> Any:
+    config = with_phase(CudaGraphConfig(), Phase.DECODE, bs=[1, 8, 256], max_bs=256)
+    with get_context().override_server_args(cuda_graph_config=config):
+        yield
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("requests", [5, 48, 256])
+def test_every_shape_has_graphs_for_all_batches_that_may_take_it(up_to_256: Any, causal: bool, requests: int) -> None:
+    chosen = options(causal)
+    verify, draft = runner(requests), runner(requests)
+    graphs.set_widths(verify, chosen.verify_widths())
+    graphs.set_widths(draft, chosen.draft_widths())
+    verified, drafted = graphs._sizes_by_width(verify), graphs._sizes_by_width(draft)
+    for shape in chosen.shapes:
+        most = min(shape.most, requests)
+        assert max(verified[shape.verified]) == most
+        assert not shape.nodes or max(drafted[shape.block]) >= most
+    assert list(verified) == sorted(verified, reverse=True)  # the widest first: their memory serves the others
+    assert verify.max_shared_logits_buffer_rows() == max(w * max(sizes) for w, sizes in verified.items()) <= 1024
+    assert verify.decode_num_tokens_per_req(num_draft_tokens=8) == 8
+    assert verify.decode_num_tokens_per_req(num_draft_tokens=99) == verify.decode_num_tokens_per_req() == 32
+
+
+def test_a_pass_without_a_graph_of_its_width_is_an_error() -> None:
+    made = object.__new__(graphs.WindowGraphs)
+    made._runners = {8: SimpleNamespace(can_run_graph=lambda batch: batch.batch_size <= 4, execute=lambda *_: "ran")}
+    batch = SimpleNamespace(batch_size=4, spec_info=SimpleNamespace(draft_token_num=8))
+    assert made.can_run_graph(batch) and made.execute(batch) == "ran"
+    batch.spec_info.draft_token_num = 7
+    with pytest.raises(LookupError, match=r"7 tokens a request has no CUDA graph: there are graphs of \[8\]"):
+        made.can_run_graph(batch)
+
