@@ -87,7 +87,7 @@ class StepMetrics:
         """
         for counter, seconds in zip(self._seconds, clock.parts(), strict=True):
             counter.inc(seconds)
-        self._shapes[shape].inc()
+        self._shapes[shape].inc(bool(lens.any()))  # a pass beyond all requests' ends counts nowhere
         self._steps.inc(int((lens > 0).sum()))
         for depth, counter in enumerate(self._accepted, start=1):
             counter.inc(int((lens > depth).sum()))

@@ -119,7 +119,9 @@ def test_metrics_count_what_was_accepted(server: str, short_bodies: list[Body]) 
     assert {'part="draft"', 'part="verify"', 'part="other"'} == {
         re.search(r'part="\w+"', name)[0] for name in after if "step_seconds_total" in name
     }
-    assert next(value for name, value in after.items() if "dflash_tree_nodes" in name) == 15
+    assert next(value for name, value in after.items() if "dflash_tree_nodes" in name) == 31
+    taken = {name: value - before.get(name, 0) for name, value in after.items() if "dflash_shape_steps_total" in name}
+    assert sum(taken.values()) == meta["spec_verify_ct"]
 
 
 @pytest.mark.parametrize("name", ["dashboard.json", "alerts.yml"])
