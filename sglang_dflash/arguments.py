@@ -48,7 +48,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "speculative_adaptive": (False, "the tree's size and depth are fixed"),
     "speculative_adaptive_config": (None, "the tree's size and depth are fixed"),
     "speculative_token_map": (None, "the draft uses the target's whole vocabulary"),
-    "speculative_draft_sink_size": (None, "the draft sees its whole context"),
+    "speculative_draft_sink_size": (None, "a draft's window is its last tokens alone"),
     "speculative_domino_candidate_pool_size": (2048, "the draft is no Domino draft"),
 }
 
@@ -81,7 +81,8 @@ def options_of(server_args: Any) -> Options:
         nodes = min(nodes, paths)
     _check_bounds(nodes, depth, top_k, paths)
     block = 1 if nodes == 0 else depth + 1 if draft.causal else draft.block_size
-    return Options(draft, nodes, depth, block, chain, top_k)
+    window = server_args.speculative_draft_window_size or draft.draft_window
+    return Options(draft, nodes, depth, block, chain, top_k, window)
 
 
 def _check_bounds(nodes: int, depth: int, top_k: int, paths: int) -> None:
@@ -167,11 +168,12 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
     for line in _said_at_start(server_args):
         logger.info("DFLASH: %s.", line)
     logger.info(
-        "DFLASH: %s of %d nodes, %d deep, drafted in blocks of %d.",
+        "DFLASH: %s of %d nodes, %d deep, drafted in blocks of %d that see %s.",
         "chain" if chosen.chain else "tree",
         chosen.nodes,
         chosen.depth,
         chosen.block,
+        f"the last {chosen.draft_window} tokens" if chosen.draft_window else "the whole context",
     )
     # SGLang sizes slots, pools and metrics by these; what the user asked for stays readable on the record itself.
     declare_resolution(
@@ -181,6 +183,7 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         speculative_num_steps=1,
         speculative_eagle_topk=1,
         speculative_dflash_block_size=None,
+        speculative_draft_window_size=None,
         speculative_draft_model_quantization=None,  # SGLang lets a draft inherit its target's
         **({} if on_cpu else _settled_on_cuda(server_args)),
     )
@@ -304,8 +307,6 @@ def _reasons_in_arguments(server_args: Any) -> Iterator[str]:
     for flag in HANDED_OVER:
         if getattr(server_args, flag):
             yield f"{_option(server_args, flag)} is asked for"
-    if server_args.speculative_draft_window_size is not None:
-        yield f"{_option(server_args, 'speculative_draft_window_size')} asks for a windowed draft cache"
     if server_args.speculative_draft_model_quantization not in (None, "unquant"):
         yield f"{_option(server_args, 'speculative_draft_model_quantization')} asks for a quantised draft"
     if server_args.speculative_draft_kv_cache_dtype not in (None, "auto"):

@@ -17,6 +17,7 @@ class Options:
         checkpoint's block size.
     chain: keep only the most probable path by greedy descent.
     top_k: candidates a position (K).
+    draft_window: how many of a request's committed tokens, the last ones, its draft sees; 0: all.
     """
 
     draft: DraftConfig
@@ -25,6 +26,7 @@ class Options:
     block: int
     chain: bool
     top_k: int
+    draft_window: int = 0
 
     @property
     def verified(self) -> int:

@@ -167,6 +167,21 @@ def test_a_bidirectional_block_is_drafted_whole(make_draft: MakeDraft) -> None:
     assert (options.nodes, options.depth, options.block, options.window) == (3, 3, 16, 16)
 
 
+@pytest.mark.parametrize(
+    ("of_config", "asked", "window"), [(None, None, 0), (640, None, 640), (640, 96, 96), (None, 9, 9)]
+)
+def test_a_draft_s_window_is_its_own_or_the_one_asked_for(
+    make_draft: MakeDraft, of_config: int | None, asked: int | None, window: int
+) -> None:
+    args = resolve(
+        speculative_draft_model_path=make_draft(dflash={"draft_window": of_config}),
+        speculative_draft_window_size=asked,
+        speculative_num_draft_tokens=31,  # SGLang refuses a window below its block of 32
+    )
+    assert resolving_view(args).speculative_draft_window_size is None  # SGLang would keep a cache of its own for it
+    assert options_of(args).draft_window == window  # as every process asks, once arguments are settled
+
+
 def reason(draft: str = str(embedded.DRAFT), target: str = "", **arguments: Any) -> str:
     """Why SGLang's own worker would serve a draft for a target, the embedded ones by default."""
     args = ServerArgs(model_path=target or str(embedded.ensure().target), speculative_draft_model_path=draft)
@@ -182,7 +197,7 @@ def reason(draft: str = str(embedded.DRAFT), target: str = "", **arguments: Any)
         ({"tp_size": 2}, "--tp-size 2"),
         ({"attn_dp_size": 2}, "--attn-dp-size 2"),
         ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
-        ({"speculative_draft_window_size": 512}, "windowed"),
+        ({"speculative_draft_window_size": 512}, ""),
         ({"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
         ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
         ({"enable_unified_memory": True}, "--enable-unified-memory"),

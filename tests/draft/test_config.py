@@ -131,6 +131,8 @@ def test_a_tensor_that_the_network_has_no_place_for_is_sglang_s() -> None:
         ({"num_key_value_heads": 3}, {}, "4 is no multiple of num_key_value_heads 3"),
         ({"layer_types": ["full_attention"]}, {}, "1 layer_types for 3 layers"),
         ({"layer_types": ["sliding_attention"] * 3}, {}, "sliding_window is missing"),
+        ({}, {"draft_window": -1}, "draft_window is -1; it must be at least 1, or left out"),
+        ({}, {"draft_window": "256"}, "draft_window is '256'; it must be an integer"),
         ({}, {"output_multiplier": 0}, r"output_multiplier is 0\.0; it must be above 0"),
         ({}, {"final_logit_softcapping": -1}, r"final_logit_softcapping is -1\.0"),
         ({}, {"conv_kernel_size": 3}, "conv_kernel_size 3 and conv_group_size 0 must be given together"),
