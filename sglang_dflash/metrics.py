@@ -6,14 +6,17 @@ SGLang counts accept lengths itself; here are the tree's size, how deep drafts a
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from sglang_dflash.options import Options
+
+CONTEXTS = (512, 2048, 8192, 32768)  # tokens: accept lengths are told apart up to each of them, and beyond
 
 
 class Clock:
@@ -65,6 +68,13 @@ class StepMetrics:
         ]
         seconds = Counter("sglang:dflash_step_seconds", "Seconds of steps, by part.", [*names, "part"])
         self._seconds = [seconds.labels(**labels, part=part) for part in ("draft", "verify", "other")]
+        by_context = [*names, "context"]
+        steps = Counter("sglang:dflash_context_steps", "Steps of requests, by tokens of context up to.", by_context)
+        tokens = Counter("sglang:dflash_context_tokens", "Tokens that these steps emitted.", by_context)
+        bounds = [*map(str, CONTEXTS), "+Inf"]
+        self._by_context = [
+            tuple(counter.labels(**labels, context=bound) for counter in (steps, tokens)) for bound in bounds
+        ]
         self._running: deque[Clock] = deque()
         self._on_gpu = on_gpu
 
@@ -83,6 +93,15 @@ class StepMetrics:
             counter.inc(sum(drafts >= depth for drafts in accepted_drafts))
 
 
+    def emitted_behind(self, contexts: Iterable[int], emitted: Iterable[int]) -> None:
+        """Count a step by each request's tokens of context; emitted: its tokens, 0 where it had ended before."""
+        for context, count in zip(contexts, emitted, strict=True):
+            if count:
+                steps, tokens = self._by_context[bisect_left(CONTEXTS, context)]
+                steps.inc()
+                tokens.inc(count)
+
+
 class NoClock:
     """Measures nothing."""
 
@@ -99,6 +118,9 @@ class NoMetrics:
         return NoClock()
 
     def step_done(self, accepted_drafts: list[int]) -> None:
+        pass
+
+    def emitted_behind(self, contexts: Iterable[int], emitted: Iterable[int]) -> None:
         pass
 
 

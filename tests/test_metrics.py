@@ -52,6 +52,26 @@ def test_a_step_is_counted_under_them(server_args: Any) -> None:
     assert prometheus_client.REGISTRY.get_sample_value("sglang:dflash_tree_nodes", labels) == 31
 
 
+def test_steps_are_told_apart_by_how_much_is_before_them(server_args: Any) -> None:
+    options = Options(DraftConfig.load(embedded.DRAFT), nodes=3, depth=3, block=4, chain=False, top_k=16)
+    with pytest.MonkeyPatch.context() as patch:  # another registry: its metrics exist in the other one already
+        patch.setattr("prometheus_client.metrics.REGISTRY", registry := prometheus_client.CollectorRegistry())
+        for name in ("Counter", "Gauge"):
+            made = getattr(prometheus_client, name)
+            patch.setattr(prometheus_client, name, lambda *a, made=made, **k: made(*a, registry=registry, **k))
+        metrics = step_metrics(options, server_args, on_gpu=False, enabled=True)
+    metrics.emitted_behind([1, 512, 513, 9000, 40_000, 100], [4, 3, 2, 1, 5, 0])
+    labels = {name: str(value) for name, value in sglangs_labels(server_args).items()}
+
+    def told(name: str) -> list[float | None]:
+        bounds = ("512", "2048", "8192", "32768", "+Inf")
+        full = f"sglang:dflash_context_{name}_total"
+        return [registry.get_sample_value(full, {**labels, "context": bound}) for bound in bounds]
+
+    assert told("steps") == [2, 1, 0, 1, 1]
+    assert told("tokens") == [7, 2, 0, 1, 5]
+
+
 def test_an_accept_rate_is_over_the_positions_of_a_path(server_args: Any) -> None:
     told = SimpleNamespace(
         spec_verify_ct=[10], spec_num_correct_drafts=[30], completion_tokens=[40], spec_correct_drafts_histogram=[]

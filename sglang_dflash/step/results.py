@@ -37,6 +37,8 @@ def settle_runs(
     ]
     result.accept_lens = torch.tensor(lens, dtype=torch.int32)
     result.live = sum(length > 0 for length in lens)
+    contexts = (len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs)
+    processor.model_worker.metrics.emitted_behind(contexts, lens)
     runs = original(processor, result, batch)
     result.num_correct_drafts = sum(lens) - result.live
     return runs
