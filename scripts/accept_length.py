@@ -6,7 +6,8 @@ ANSWERS.json holds [{"prompt": token ids, "answer": token ids}], the target's ow
 some, each with a "group". Each answer is walked as a server walks it: draft at the last emitted token, grow, follow the
 answer, go on where it leaves the tree. The draft sees the last TOKENS committed tokens (0: all; else what its config
 says). The last line printed is a JSON object {"tree 15": accept length, ...}; of rows in groups there is one a group,
-and with windows given the names are such as "tree 15, window 256". --out FILE.json takes it and what it was made with.
+and with windows given the names are such as "tree 15, window 256". --out FILE.json takes it and what it was made with,
+and a plot goes beside it.
 
 Everything here is written a second time, in plain torch and plain Python, to check the server by.
 """
@@ -219,6 +220,7 @@ def main() -> None:
         facts: dict[str, Any] = {"device": f"CPU, {platform.machine()}", "torch": torch.__version__}
         facts |= {"transformers": transformers.__version__, "dtype": "float32", "prompts": spans(rows)}
         args.out.write_text(json.dumps({**facts, "accept_length": lengths}, indent=1) + "\n")
+        plot(facts["prompts"], lengths, args.out.with_suffix(".png"))
     print(json.dumps(lengths[""] if list(lengths) == [""] else lengths))
 
 
@@ -230,6 +232,22 @@ def spans(rows: list[dict[str, Any]]) -> dict[str, Any]:
         group["prompt_tokens"].append(len(row["prompt"]))
         group["answer_tokens"] += len(row["answer"])
     return groups
+
+
+def plot(prompts: dict[str, Any], lengths: dict[str, dict[str, float]], path: Path) -> None:
+    """Accept length by prompt length, a picture for each kind of group ("list 100" is a "list")."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(group.split()[0] if group else "all" for group in lengths))
+    figure = Figure(figsize=(4 * len(kinds), 3.2), layout="tight")
+    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
+        groups = [group for group in lengths if kind in (group.split() or ["all"])[0]]
+        x = [sum(prompts[g]["prompt_tokens"]) / len(prompts[g]["prompt_tokens"]) for g in groups]
+        for name in lengths[groups[0]]:
+            axes.plot(x, [lengths[g][name] for g in groups], marker=".", label=name)
+        axes.set(title=kind, xlabel="tokens before the answer", ylim=(0, None))
+    axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

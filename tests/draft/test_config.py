@@ -37,6 +37,7 @@ def test_the_embedded_draft_s_config() -> None:
     assert (draft.block_size, draft.max_depth, draft.causal, draft.mask_token_id) == (16, 15, True, 0)
     assert draft.target_layer_ids == (1, 14, 27)
     assert (draft.selector, draft.selector_rank, draft.selector_top_k) == ("tied", 128, 16)
+    assert draft.draft_window == 256
     assert draft.served_by(tensor_shapes_on_disk(DRAFT)) == ("ours", "")
     draft.check(hidden_size=576, vocab_size=49152, num_layers=30)
     check_tensors(tensor_shapes_on_disk(DRAFT), draft, source=str(DRAFT))
