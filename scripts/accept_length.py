@@ -1,10 +1,13 @@
 """Accept lengths of a causal draft with a tied selector, computed offline from transformers, without SGLang.
 
-usage: accept_length.py TARGET DRAFT ANSWERS.json --tree NODES:DEPTH ... --chain DEPTH ...
+usage: accept_length.py TARGET DRAFT ANSWERS.json --tree NODES:DEPTH ... --chain DEPTH ... --window TOKENS ...
 
-ANSWERS.json holds [{"prompt": token ids, "answer": token ids}], the target's own greedy answers. Each answer is walked
-as a server walks it: draft at the last emitted token, grow, follow the answer, go on where it leaves the tree. The
-last line printed is a JSON object {"tree 15": accept length, ...}.
+ANSWERS.json holds [{"prompt": token ids, "answer": token ids}], the target's own greedy answers; long_answers.py makes
+some, each with a "group". Each answer is walked as a server walks it: draft at the last emitted token, grow, follow the
+answer, go on where it leaves the tree. The draft sees the last TOKENS committed tokens (0: all; else what its config
+says). The last line printed is a JSON object {"tree 15": accept length, ...}; of rows in groups there is one a group,
+and with windows given the names are such as "tree 15, window 256". --out FILE.json takes it and what it was made with,
+and a plot goes beside it.
 
 Everything here is written a second time, in plain torch and plain Python, to check the server by.
 """
@@ -14,9 +17,14 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import platform
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
@@ -31,6 +39,7 @@ class Draft:
         tensors = {k: v.float() for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
         self.w = {name.removesuffix(".weight"): tensor for name, tensor in tensors.items()}
         self.extra = self.raw["dflash_config"]
+        self.window = self.extra.get("draft_window", 0)
         assert self.extra["causal_head"], "this script reads causal drafts with a tied selector"
         assert self.extra["selector_tied"], "this script reads causal drafts with a tied selector"
         self.target = target
@@ -61,7 +70,7 @@ class Draft:
 
     def read(self, ids: list[int]) -> None:
         """Make every layer's context keys and values of a whole text."""
-        states = self.target(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        states = self.target.base_model(torch.tensor([ids]), output_hidden_states=True).hidden_states
         features = torch.cat([states[i + 1][0] for i in self.extra["target_layer_ids"]], -1)
         context = self.norm(linear(features, self.w["fc"]), "hidden_norm")
         positions = torch.arange(len(ids))
@@ -70,16 +79,17 @@ class Draft:
             (self.heads(context, f"{at}.k", positions), self.heads(context, f"{at}.v", None)) for at in layers
         ]
 
-    def block(self, bonus: int, position: int, depth: int) -> Tensor:
-        """Final hidden states [depth, H] at the masks behind the bonus token at `position`."""
+    def block(self, bonus: int, position: int, depth: int, window: int) -> Tensor:
+        """Final hidden states [depth, H] at the masks behind the bonus token at `position`; window 0: it sees all."""
+        first = max(0, position - window) if window else 0
         x = self.embedding[torch.tensor([bonus] + [self.extra["mask_token_id"]] * depth)]
         positions = torch.arange(position, position + depth + 1)
-        seen = torch.ones(depth + 1, position + depth + 1, dtype=torch.bool).tril(position)
+        seen = torch.ones(depth + 1, position - first + depth + 1, dtype=torch.bool).tril(position - first)
         for i, (keys, values) in enumerate(self.context):
             at = f"layers.{i}"
             h = self.norm(x, f"{at}.input_layernorm")
-            k = torch.cat([keys[:, :position], self.heads(h, f"{at}.self_attn.k", positions)], 1)
-            v = torch.cat([values[:, :position], self.heads(h, f"{at}.self_attn.v", None)], 1)
+            k = torch.cat([keys[:, first:position], self.heads(h, f"{at}.self_attn.k", positions)], 1)
+            v = torch.cat([values[:, first:position], self.heads(h, f"{at}.self_attn.v", None)], 1)
             q = self.heads(h, f"{at}.self_attn.q", positions)
             out = scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
             x = x + linear(out.transpose(0, 1).flatten(1), self.w[f"{at}.self_attn.o_proj"])
@@ -88,9 +98,11 @@ class Draft:
             x = x + linear(silu(gate) * up, self.w[f"{at}.mlp.down_proj"])
         return self.norm(x, "norm")[1:]
 
-    def lattice(self, bonus: int, position: int, depth: int) -> tuple[list[list[int]], list[list[list[float]]]]:
+    def lattice(
+        self, bonus: int, position: int, depth: int, window: int
+    ) -> tuple[list[list[int]], list[list[list[float]]]]:
         """Candidates [depth][K], and their log-probabilities [depth][predecessor][K]."""
-        hidden = self.block(bonus, position, depth)
+        hidden = self.block(bonus, position, depth, window)
         logits = linear(hidden, self.head)
         unary, tokens = logits.topk(self.extra["selector_top_k"], -1)
         predecessors = torch.cat([torch.full_like(tokens[:1], bonus), tokens[:-1]])
@@ -136,11 +148,11 @@ def accepted(tree: set[Path_], tokens: list[list[int]], answer: list[int]) -> in
     return len(path)
 
 
-def steps(draft: Draft, prompt: list[int], answer: list[int], nodes: int | None, depth: int) -> int:
+def steps(draft: Draft, prompt: list[int], answer: list[int], nodes: int | None, depth: int, window: int) -> int:
     """Verify steps that one answer takes after its first token. nodes None: the chain."""
     at, count = 0, 0  # `at`: place of the bonus token in the answer
     while at + 1 < len(answer):
-        tokens, logp = draft.lattice(answer[at], len(prompt) + at, depth)
+        tokens, logp = draft.lattice(answer[at], len(prompt) + at, depth, window)
         tree = descend(logp) if nodes is None else grow(logp, nodes)
         at += accepted(tree, tokens, answer[at + 1 :]) + 1
         count += 1
@@ -148,18 +160,41 @@ def steps(draft: Draft, prompt: list[int], answer: list[int], nodes: int | None,
 
 
 @torch.inference_mode()
-def accept_lengths(
-    target: Path, draft: Path, rows: list[dict[str, list[int]]], kinds: dict[str, tuple[int | None, int]]
-) -> dict[str, float]:
-    """Tokens a step by kind, each answer's first token aside; kinds: name -> (nodes, or None for a chain; depth)."""
+def by_group(
+    target: Path,
+    draft: Path,
+    rows: list[dict[str, Any]],
+    kinds: dict[str, tuple[int | None, int]],
+    windows: Sequence[int] = (),
+) -> dict[str, dict[str, float]]:
+    """Tokens a step by group of rows and kind, each answer's first token aside; kinds: name -> (nodes, or None for a
+    chain; depth). windows: to be compared, where it is not the draft's own.
+    """
     drafter = Draft(draft, AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval())
-    counts = dict.fromkeys(kinds, 0)
+    names = {f"{kind}, window {w}": (kind, w) for kind in kinds for w in windows}
+    names = names or {kind: (kind, drafter.window) for kind in kinds}
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(names, 0))
+    tokens: dict[str, int] = defaultdict(int)
     for row in rows:
+        group = row.get("group", "")
         drafter.read(row["prompt"] + row["answer"])
-        for name, (nodes, depth) in kinds.items():
-            counts[name] += steps(drafter, row["prompt"], row["answer"], nodes, depth)
-    tokens = sum(len(row["answer"]) - 1 for row in rows)
-    return {name: tokens / count for name, count in counts.items()}
+        tokens[group] += len(row["answer"]) - 1
+        for name, (kind, window) in names.items():
+            counts[group][name] += steps(drafter, row["prompt"], row["answer"], *kinds[kind], window)
+    return {g: {name: tokens[g] / count for name, count in of.items()} for g, of in counts.items()}
+
+
+def accept_lengths(
+    target: Path,
+    draft: Path,
+    rows: list[dict[str, Any]],
+    kinds: dict[str, tuple[int | None, int]],
+    window: int | None = None,
+) -> dict[str, float]:
+    """The same of all rows together, by kind alone; window None: the draft's own."""
+    rows = [{**row, "group": ""} for row in rows]
+    lengths = by_group(target, draft, rows, kinds, () if window is None else (window,))[""]
+    return dict(zip(kinds, lengths.values(), strict=True))
 
 
 def main() -> None:
@@ -169,13 +204,50 @@ def main() -> None:
     parser.add_argument("answers", type=Path)
     parser.add_argument("--tree", nargs="*", default=["7:7", "15:8", "31:9"], metavar="NODES:DEPTH")
     parser.add_argument("--chain", nargs="*", type=int, default=[7], metavar="DEPTH")
+    parser.add_argument("--window", nargs="*", type=int, default=[], metavar="TOKENS")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
     args = parser.parse_args()
     kinds: dict[str, tuple[int | None, int]] = {f"chain {depth}": (None, depth) for depth in args.chain}
     for tree in args.tree:
         nodes, depth = map(int, tree.split(":"))
         kinds[f"tree {nodes}"] = (nodes, depth)
-    lengths = accept_lengths(args.target, args.draft, json.loads(args.answers.read_text()), kinds)
-    print(json.dumps({name: round(length, 3) for name, length in lengths.items()}))
+    rows = json.loads(args.answers.read_text())
+    lengths: dict[str, Any] = {
+        group: {name: round(length, 3) for name, length in of.items()}
+        for group, of in by_group(args.target, args.draft, rows, kinds, args.window).items()
+    }
+    if args.out:
+        facts: dict[str, Any] = {"device": f"CPU, {platform.machine()}", "torch": torch.__version__}
+        facts |= {"transformers": transformers.__version__, "dtype": "float32", "prompts": spans(rows)}
+        args.out.write_text(json.dumps({**facts, "accept_length": lengths}, indent=1) + "\n")
+        plot(facts["prompts"], lengths, args.out.with_suffix(".png"))
+    print(json.dumps(lengths[""] if list(lengths) == [""] else lengths))
+
+
+def spans(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each group, its prompts' lengths and how many answer tokens there are."""
+    groups: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        group = groups.setdefault(row.get("group", ""), {"prompt_tokens": [], "answer_tokens": 0})
+        group["prompt_tokens"].append(len(row["prompt"]))
+        group["answer_tokens"] += len(row["answer"])
+    return groups
+
+
+def plot(prompts: dict[str, Any], lengths: dict[str, dict[str, float]], path: Path) -> None:
+    """Accept length by prompt length, a picture for each kind of group ("list 100" is a "list")."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(group.split()[0] if group else "all" for group in lengths))
+    figure = Figure(figsize=(4 * len(kinds), 3.2), layout="tight")
+    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
+        groups = [group for group in lengths if kind in (group.split() or ["all"])[0]]
+        x = [sum(prompts[g]["prompt_tokens"]) / len(prompts[g]["prompt_tokens"]) for g in groups]
+        for name in lengths[groups[0]]:
+            axes.plot(x, [lengths[g][name] for g in groups], marker=".", label=name)
+        axes.set(title=kind, xlabel="tokens before the answer", ylim=(0, None))
+    axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

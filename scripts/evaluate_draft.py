@@ -6,6 +6,7 @@ python scripts/evaluate_draft.py TARGET held-out/ DRAFT [DRAFT ...]
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,18 +24,23 @@ def main(
     target: Path,
     held_out: Annotated[Path, typer.Argument(help="greedy answers (make_data.py --answers-only)")],
     draft: list[Path],
+    window: Annotated[
+        list[int] | None, typer.Option(help="last tokens that the draft sees, 0: all; repeatable. Else its own.")
+    ] = None,
     documents: Annotated[int, typer.Option(help="at most, of each benchmark")] = 10**9,
     rows: int = 12,
     width: int = 2048,
 ) -> None:
-    """One JSON line a draft: benchmark -> accept length of the chain and of trees, also as `served` step by step."""
+    """A JSON line a draft and window: benchmark -> accept length of chain and trees, also as `served` step by step."""
     cuda = torch.cuda.is_available()
     model = Target.load(target, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
     answers = Answers(held_out)
     for path in draft:
         one = drafts.load(path, model.config).to(model.embedding.device).eval()
-        result = evaluate(one, model, answers, few(answers, documents), rows, width)
-        print(json.dumps({"draft": str(path), "accept": result}), flush=True)
+        for size in [one.shape.window] if window is None else window:
+            one.shape = replace(one.shape, window=size)
+            result = evaluate(one, model, answers, few(answers, documents), rows, width)
+            print(json.dumps({"draft": str(path), "window": size, "accept": result}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Make training data from a target alone: its own prompts, its own answers.
 
     python scripts/make_data.py TARGET data/ --chunks 4 --given questions.jsonl
+    python scripts/make_data.py TARGET long/ --chunks 4 --given questions.jsonl --long 2048
 
 Writes one shard a chunk beside a manifest.json. A chunk that is there is not made again, so that an interrupted run
 goes on where it stopped; several processes may share the work with --part.
@@ -19,11 +20,13 @@ import torch
 import typer
 from rich.console import Console
 
+from sglang_dflash.training import long as longs
 from sglang_dflash.training import synth
 from sglang_dflash.training.data import Answers, Document, write_shard
 from sglang_dflash.training.generate import MIN_P, Engine, Request, SGLangEngine, TorchEngine
 from sglang_dflash.training.target import Target
 
+LENGTHS, TURNS = [100, 1000, 2000, 4000, 7000], [1, 2, 4, 8, 10]  # of long conversations set aside
 WIDTH = synth.LONGEST_PROMPT * 2 + synth.USER_TOKENS + synth.ANSWER_TOKENS + 32
 console = Console(soft_wrap=True)
 
@@ -54,6 +57,10 @@ def main(
     copies: Annotated[int, typer.Option(help="of each given prompt, with other numbers in it, answered greedily")] = 0,
     held_out: Annotated[list[Path] | None, typer.Option(help=".jsonl of prompts to keep out; repeatable")] = None,
     answers_only: Annotated[bool, typer.Option(help="answer the given prompts greedily, for evaluation")] = False,
+    long: Annotated[
+        int, typer.Option(help="so many conversations of up to --longest tokens a shard, and nothing else")
+    ] = 0,
+    longest: Annotated[int, typer.Option(help="tokens of a long conversation: train on contexts as you serve")] = 8192,
     engine: Annotated[str, typer.Option(help="sglang, or torch: small targets, hosts without SGLang")] = "sglang",
     slots: Annotated[int, typer.Option(help="prompts answered at once by the torch engine")] = 2048,
     part: Annotated[str, typer.Option(help="I/N: make only chunks I, I + N, ...")] = "0/1",
@@ -67,15 +74,21 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(target)
     chat = synth.ChatFormat(tokenizer)
     kept_out = synth.HeldOut(p for file in held_out or [] for p in synth.read_prompts(file))
-    running = start(engine, target, slots)
+    running = start(engine, target, slots, longest if long else WIDTH)
     making = synth.Synthesis(running, chat, kept_out, seed, Meter())  # its clock begins when the engine is there
     out.mkdir(parents=True, exist_ok=True)
-    if answers_only:
+    once = [p for file in given or [] for p in synth.read_prompts(file)]
+    sources = synth.SOURCES
+    if long:
+        pool = longs.pool(making, 0, once, max(long // 4, 256))
+    if answers_only and long:
+        documents, sources = longs.held_out(making, pool, [n for n in LENGTHS if n < longest], TURNS, long, longest)
+        write_shard(out / "shard-00000.npz", documents)
+    elif answers_only:
         files = given or []
         write_shard(out / "shard-00000.npz", answered(making, files))
         sources = [file.stem for file in files]
     else:
-        once = [p for file in given or [] for p in synth.read_prompts(file)]
         prompts = [(p, synth.TEMPERATURES[i % 3]) for i in range(repeats) for p in once]
         prompts += [(p, 0.0) for p in synth.varied(once, copies, seed)]
         first, step = map(int, part.split("/"))
@@ -85,22 +98,26 @@ def main(
             if begin + last > started + 60 * minutes:
                 break
             if not shard.exists():
-                write_shard(shard, making.chunk(number, chunk, prompts[number::chunks]))
+                if long:
+                    write_shard(shard, longs.long_chunk(making, number + 1, long, pool, longest))
+                else:
+                    write_shard(shard, making.chunk(number, chunk, prompts[number::chunks]))
                 last = time.monotonic() - begin
                 console.print(f"{shard} done in {last:.0f} s", highlight=False)
-        sources = synth.SOURCES
     run = {"seed": seed, "engine": engine, "chunk": chunk, "repeats": repeats, "copies": copies, "greedy": answers_only}
+    if long:
+        run |= {"long": long, "longest": longest}
     manifest(out, target, sources, run)
 
 
-def start(name: str, target: Path, slots: int) -> Engine:
+def start(name: str, target: Path, slots: int, width: int) -> Engine:
     if name == "sglang":
-        return SGLangEngine(target, WIDTH)
+        return SGLangEngine(target, width)
     if name != "torch":
         raise typer.BadParameter(f"engine {name!r} is neither sglang nor torch")
     cuda = torch.cuda.is_available()
     model = Target.load(target, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
-    return TorchEngine(model, slots, WIDTH)
+    return TorchEngine(model, slots, width)
 
 
 def answered(making: synth.Synthesis, files: list[Path]) -> list[Document]:

@@ -38,6 +38,9 @@ def main(
     causal: bool = DraftShape.causal,
     selector: Annotated[str, typer.Option(help="none, tied or free")] = DraftShape.selector,
     rank: int = DraftShape.rank,
+    window: Annotated[
+        int, typer.Option(help="last tokens of the context that the draft sees; 0: as many as the data's longest has")
+    ] = DraftShape.window,
     weights: Annotated[str, typer.Option(help="of positions: static or dpace")] = Objective.weights,
     optimizer: Annotated[str, typer.Option(help="muon or adamw")] = Recipe.optimizer,
     lr: float = Recipe.lr,
@@ -59,7 +62,9 @@ def main(
     torch.set_float32_matmul_precision("high")
     model = Target.load(target, device, torch.bfloat16 if cuda else torch.float32)
     layer_ids = tuple(int(i) for i in features.split(","))
-    shape = DraftShape(layers, layer_ids, block, intermediate, causal, selector, rank)
+    answers = Answers(data)
+    window = window or min(answers.longest, width)  # further than it was trained to see, a draft had better not look
+    shape = DraftShape(layers, layer_ids, block, intermediate, causal, selector, rank, window=window)
     recipe = Recipe(
         steps=steps, minutes=minutes, rows=rows, width=width, anchors=anchors, lr=lr, optimizer=optimizer,
         objective=Objective(weights), seed=seed, evaluate_every=evaluate_every, evaluate_documents=documents,
@@ -73,7 +78,6 @@ def main(
     if training.rank == 0:
         parameters = sum(p.numel() for p in training.draft.parameters())
         console.print(f"{drafts.describe(shape)}: {parameters / 1e6:.2f} million parameters")
-    answers = Answers(data)
     if share:
         matmul_share(training, answers)
     train(training, answers, Answers(held_out))

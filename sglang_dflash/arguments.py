@@ -53,7 +53,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "speculative_adaptive": (False, "trees are chosen by what pays, unless nodes and depth are given"),
     "speculative_adaptive_config": (None, "trees are chosen by what pays, unless nodes and depth are given"),
     "speculative_token_map": (None, "the draft uses the target's whole vocabulary"),
-    "speculative_draft_sink_size": (None, "the draft sees its whole context"),
+    "speculative_draft_sink_size": (None, "a draft's window is its last tokens alone"),
     "speculative_domino_candidate_pool_size": (2048, "the draft is no Domino draft"),
 }
 
@@ -75,7 +75,8 @@ def options_of(server_args: Any) -> Options:
     if not draft.causal:  # drafted whole, whatever is used of it
         trees = {n: min(n, longest) for n in trees}
     shapes = [_shape(n, deep, draft, fixed) for n, deep in sorted(trees.items())]
-    return Options(draft, tuple(shapes), chain, top_k)
+    window = server_args.speculative_draft_window_size or draft.draft_window
+    return Options(draft, tuple(shapes), chain, top_k, window)
 
 
 def _trees(bound: int, longest: int, top_k: int, chain: bool) -> dict[int, int]:
@@ -197,6 +198,7 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         speculative_num_steps=1,
         speculative_eagle_topk=1,
         speculative_dflash_block_size=None,
+        speculative_draft_window_size=None,
         speculative_draft_model_quantization=None,  # SGLang lets a draft inherit its target's
         **_settled_admission(server_args, chosen),
         **({} if on_cpu else _settled_on_cuda(server_args)),
@@ -209,10 +211,11 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
 def _told(chosen: Options) -> str:
     """What is drafted, in words."""
     kind = "chain" if chosen.chain else "tree"
+    seen = f"the last {chosen.draft_window} tokens" if chosen.draft_window else "the whole context"
     trees = [f"{shape.nodes} nodes, {shape.depth} deep" for shape in chosen.shapes if shape.nodes]
     if len(chosen.shapes) == 1:
-        return f"{kind}s of {trees[0]}, always" if trees else "nothing is drafted"
-    return f"{kind}s of {'; '.join(trees)}; or none, by what pays"
+        return f"{kind}s of {trees[0]}, always; a draft sees {seen}" if trees else "nothing is drafted"
+    return f"{kind}s of {'; '.join(trees)}; or none, by what pays; a draft sees {seen}"
 
 
 def _said_at_start(server_args: Any) -> Iterator[str]:
@@ -348,8 +351,6 @@ def _reasons_in_arguments(server_args: Any) -> Iterator[str]:
     for flag in HANDED_OVER:
         if getattr(server_args, flag):
             yield f"{_option(server_args, flag)} is asked for"
-    if server_args.speculative_draft_window_size is not None:
-        yield f"{_option(server_args, 'speculative_draft_window_size')} asks for a windowed draft cache"
     if server_args.speculative_draft_model_quantization not in (None, "unquant"):
         yield f"{_option(server_args, 'speculative_draft_model_quantization')} asks for a quantised draft"
     if server_args.speculative_draft_kv_cache_dtype not in (None, "auto"):

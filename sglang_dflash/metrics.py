@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 
 from sglang_dflash.budget import Choice
 from sglang_dflash.options import Options
+
+CONTEXTS = (512, 2048, 8192, 32768)  # tokens: accept lengths are told apart up to each of them, and beyond
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +83,17 @@ class StepMetrics:
         self._seconds = [seconds.labels(**labels, part=part) for part in ("draft", "verify", "other")]
         shapes = Counter("sglang:dflash_shape_steps", "Steps of batches, by drafted nodes.", [*names, "nodes"])
         self._shapes = [shapes.labels(**labels, nodes=str(shape.nodes)) for shape in options.shapes]
+        by_context = [*names, "context"]
+        steps = Counter("sglang:dflash_context_steps", "Steps of requests, by tokens of context up to.", by_context)
+        tokens = Counter("sglang:dflash_context_tokens", "Tokens that these steps emitted.", by_context)
+        bounds = [*map(str, CONTEXTS), "+Inf"]
+        self._by_context = [
+            tuple(counter.labels(**labels, context=bound) for counter in (steps, tokens)) for bound in bounds
+        ]
 
-    def step_done(self, clock: Clock, shape: int, lens: np.ndarray) -> None:
+    def step_done(self, clock: Clock, shape: int, lens: np.ndarray, contexts: list[int]) -> None:
         """Count a step whose results reached the host. shape: its index; lens [bs]: emitted tokens, 0 of a request that
-        had ended before.
+        had ended before; contexts [bs]: tokens before them.
         """
         for counter, seconds in zip(self._seconds, clock.parts(), strict=True):
             counter.inc(seconds)
@@ -91,6 +101,11 @@ class StepMetrics:
         self._steps.inc(int((lens > 0).sum()))
         for depth, counter in enumerate(self._accepted, start=1):
             counter.inc(int((lens > depth).sum()))
+        for context, count in zip(contexts, lens, strict=True):
+            if count:
+                steps, tokens = self._by_context[bisect_left(CONTEXTS, context)]
+                steps.inc()
+                tokens.inc(int(count))
 
 
 class StepLog:

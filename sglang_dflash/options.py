@@ -13,13 +13,15 @@ class Options:
     """How a server drafts and verifies; fixed for its lifetime.
 
     shapes: what a step may draft, ascending by nodes; one, where the user fixed it. chain: keep only the most probable
-    path by greedy descent. top_k: candidates a position (K).
+    path by greedy descent. top_k: candidates a position (K). draft_window: how many of a request's committed tokens,
+    the last ones, its draft sees; 0: all.
     """
 
     draft: DraftConfig
     shapes: tuple[Shape, ...]
     chain: bool
     top_k: int
+    draft_window: int = 0
 
     @property
     def largest(self) -> Shape:

@@ -192,6 +192,21 @@ def test_a_bidirectional_block_is_drafted_whole(make_draft: MakeDraft) -> None:
     assert options.window == 16 and options.draft_widths() == {16: 341} and options.grown(16).nodes == 3
 
 
+@pytest.mark.parametrize(
+    ("of_config", "asked", "window"), [(None, None, 0), (640, None, 640), (640, 96, 96), (None, 9, 9)]
+)
+def test_a_draft_s_window_is_its_own_or_the_one_asked_for(
+    make_draft: MakeDraft, of_config: int | None, asked: int | None, window: int
+) -> None:
+    args = resolve(
+        speculative_draft_model_path=make_draft(dflash={"draft_window": of_config}),
+        speculative_draft_window_size=asked,
+        speculative_num_draft_tokens=31,  # SGLang refuses a window below its block of 32
+    )
+    assert resolving_view(args).speculative_draft_window_size is None  # SGLang would keep a cache of its own for it
+    assert options_of(args).draft_window == window  # as every process asks, once arguments are settled
+
+
 def reason(draft: str = str(embedded.DRAFT), target: str = "", **arguments: Any) -> str:
     """Why SGLang's own worker would serve a draft for a target, the embedded ones by default."""
     args = ServerArgs(model_path=target or str(embedded.ensure().target), speculative_draft_model_path=draft)
@@ -207,7 +222,7 @@ def reason(draft: str = str(embedded.DRAFT), target: str = "", **arguments: Any)
         ({"tp_size": 2}, "--tp-size 2"),
         ({"attn_dp_size": 2}, "--attn-dp-size 2"),
         ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
-        ({"speculative_draft_window_size": 512}, "windowed"),
+        ({"speculative_draft_window_size": 512}, ""),
         ({"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
         ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
         ({"enable_unified_memory": True}, "--enable-unified-memory"),
@@ -365,7 +380,19 @@ def test_what_serves_on_cuda(on_hopper: None, dtype: str, backend: str, decode: 
     assert (settled.attention_backend, settled.speculative_draft_attention_backend) == (backend, backend)
     graphs = settled.cuda_graph_config
     assert (graphs.decode.backend, graphs.prefill.backend) == (decode, prefill)
-    assert settled.speculative_num_draft_tokens == 16
+    assert settled.speculative_num_draft_tokens == 32
+
+
+def test_as_many_requests_run_as_there_are_graphs_for_and_each_joins_at_once(on_hopper: None) -> None:
+    def admission(**arguments: Any) -> tuple[int, int]:
+        settled = settle(**arguments)
+        return settled.max_running_requests, settled.min_free_slots_delay
+
+    most = settle().cuda_graph_config.decode.max_bs
+    assert admission() == (max(48, most or 0), 1)
+    assert admission(max_running_requests=7, min_free_slots_delay=3) == (7, 3)
+    fixed = settle(speculative_num_draft_tokens=31, speculative_num_steps=15)
+    assert fixed.max_running_requests is None  # SGLang's to say: each of them needs 32 rows of logits
 
 
 def test_a_draft_takes_its_targets_type(on_hopper: None, make_draft: MakeDraft) -> None:
@@ -405,7 +432,7 @@ def test_what_means_another_thing_or_nothing_is_said_once(on_hopper: None, caplo
     assert "--speculative-eagle-topk 4 asks for a tree" in told
     assert "--speculative-accept-threshold-single 0.5 has no effect: a drafted token is accepted if" in single
     assert "--speculative-use-block-verification has no effect" in block
-    assert "tree of 15 nodes" in served
+    assert "trees of 2 nodes, 2 deep; 4 nodes" in served and "31 nodes, 15 deep; or none, by what pays" in served
 
 
 def test_a_draft_on_the_hub_is_checked_as_one_in_a_directory(

@@ -55,12 +55,19 @@ def test_a_step_is_counted_under_them(server_args: Any) -> None:
     clock.verified()
     clock.done()
     assert metrics is not None
-    metrics.step_done(clock, 1, np.array([3, 0, 1]))  # the second request had ended before
+    emitted = np.array([3, 0, 1, 5, 1, 2])  # the second request had ended before
+    metrics.step_done(clock, 1, emitted, contexts=[512, 512, 513, 9000, 40_000, 100])
     labels = {name: str(value) for name, value in sglangs_labels(server_args).items()}
     assert prometheus_client.REGISTRY.get_sample_value("sglang:dflash_tree_nodes", labels) == 31
     told = {name: prometheus_client.REGISTRY.get_sample_value(f"sglang:dflash_{name}_total", {**labels, **more})
             for name, more in (("shape_steps", {"nodes": "31"}), ("steps", {}), ("accepted_drafts", {"depth": "2"}))}
-    assert told == {"shape_steps": 1, "steps": 2, "accepted_drafts": 1}
+    assert told == {"shape_steps": 1, "steps": 5, "accepted_drafts": 2}
+    behind = [
+        prometheus_client.REGISTRY.get_sample_value(f"sglang:dflash_context_{name}_total", {**labels, "context": bound})
+        for name in ("steps", "tokens")
+        for bound in ("512", "2048", "8192", "32768", "+Inf")
+    ]
+    assert behind == [2, 1, 0, 1, 1, 5, 1, 0, 5, 1]
 
 
 def test_an_accept_rate_is_over_the_positions_of_a_path(server_args: Any) -> None:

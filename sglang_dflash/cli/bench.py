@@ -70,6 +70,10 @@ def bench(
     concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once. May be given again.")] = None,
     temperature: Annotated[list[float] | None, typer.Option(min=0, help="0 is greedy. May be given again.")] = None,
     benchmark: Annotated[Literal["gsm8k", "chat", "code"], typer.Option(help="Whose prompts are sent.")] = "gsm8k",
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead, prompts of about so many tokens: lists of GSM8K problems, one to solve."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each server, alternating.")] = 3,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts a round at least.")] = 8,
     per_slot: Annotated[
@@ -113,7 +117,7 @@ def bench(
                     models, tree, opponent or [], opponent_block, for_every_server(context.args, widths)
                 )
             counts = {width: max(prompts, per_slot * width) for width in widths}
-            ids = prompt_ids(models, benchmark, max(counts.values()))
+            ids = prompt_ids(models, benchmark, max(counts.values()), prompt_tokens)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     plan = Plan(
@@ -129,6 +133,8 @@ def bench(
         "device": _device(),
     }
     same = {"model": models.name, "device": _device(), "benchmark": benchmark, "max_tokens": max_tokens}
+    if prompt_tokens:
+        same |= {"benchmark": "gsm8k", "prompt_tokens": prompt_tokens}
 
     def write() -> None:
         if out:
@@ -288,7 +294,10 @@ def _block_size(draft: str) -> int:
     return int(config.resolve_block_size(default=16))
 
 
-def prompt_ids(models: Models, benchmark: str, count: int) -> list[list[int]]:
+def prompt_ids(models: Models, benchmark: str, count: int, tokens: int | None = None) -> list[list[int]]:
+    """`count` chats on a benchmark's prompts, or of about so many tokens each."""
+    if tokens is not None:
+        return load.long_chats(models.tokenizer(), load.gsm8k(load.GSM8K), tokens, count)
     questions = load.questions(benchmark, count)
     tokenizer = models.tokenizer()
     return [load.chat_ids(tokenizer, question) for question in questions]

@@ -20,6 +20,7 @@ import httpx
 import orjson
 
 FLUSH_LIMIT = 30  # seconds
+GSM8K = 1319  # questions of the test set
 LONGEST_CHUNK = 10 * 2**20  # bytes of a line of the stream; aiohttp refuses longer ones
 
 
@@ -162,6 +163,37 @@ def questions(benchmark: str, count: int) -> list[str]:
 def gsm8k(count: int) -> list[str]:
     """The first questions of the GSM8K test set."""
     return questions("gsm8k", count)
+
+
+def long_chats(tokenizer: Any, problems: list[str], tokens: int, count: int) -> list[list[int]]:
+    """Token ids of `count` chats of at most so many tokens, as near to it as whole problems come: each a list of
+    problems, and one of them to solve. Every list begins with another problem, so none is a prefix of another.
+
+    Raises ValueError where even two problems are longer.
+    """
+    sizes = [len(ids) for ids in tokenizer([f"{n}. {p}\n" for n, p in enumerate(problems, 1)])["input_ids"]]
+    chats = []
+    for first in range(count):
+        around = [(first + i) % len(problems) for i in range(len(problems))]
+        most = next((n for n in range(1, len(problems)) if sum(sizes[i] for i in around[:n]) > tokens), len(problems))
+        ids = next(
+            (
+                ids
+                for n in range(most, 1, -1)
+                if len(ids := listed_ids(tokenizer, [problems[i] for i in around[:n]], first % n)) <= tokens
+            ),
+            None,
+        )
+        if ids is None:
+            raise ValueError(f"a prompt of {tokens} tokens has no room for two problems: ask for 300 or more")
+        chats.append(ids)
+    return chats
+
+
+def listed_ids(tokenizer: Any, problems: list[str], which: int) -> list[int]:
+    """Token ids of a chat: a numbered list of problems, and number `which`, from 0, to solve."""
+    numbered = "\n".join(f"{n}. {problem}" for n, problem in enumerate(problems, start=1))
+    return chat_ids(tokenizer, f"Here are some problems.\n{numbered}\nSolve problem {which + 1}.")
 
 
 def chat_ids(tokenizer: Any, question: str) -> list[int]:

@@ -69,6 +69,9 @@ class DraftConfig:
     selector_top_k: int
     selector_eps: float
 
+    draft_window: int
+    """How many of the committed tokens, the last ones, a block sees; 0: all."""
+
     unserved: str
     """Why this package does not serve the checkpoint; empty if it does."""
 
@@ -139,6 +142,7 @@ class DraftConfig:
             selector_rank=selector_rank,
             selector_top_k=_int(dflash, "selector_top_k"),
             selector_eps=_float(dflash, "selector_eps", 1e-6),
+            draft_window=_int(dflash, "draft_window"),
             unserved=next(_unserved(raw, dflash, architecture, rope_scaling), ""),
         )
 
@@ -214,6 +218,10 @@ class DraftConfig:
             raise ValueError(
                 "Draft config: layer_types has sliding_attention, but sliding_window is missing or below 2 "
                 "(transformers drops it unless use_sliding_window is true)."
+            )
+        if self.draft_window < 0:
+            raise ValueError(
+                f"Draft config: dflash_config.draft_window is {self.draft_window}; it must be at least 1, or left out."
             )
         if self.output_multiplier <= 0:
             raise ValueError(

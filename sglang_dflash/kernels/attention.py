@@ -58,12 +58,13 @@ def tree_attention(
     slots: Tensor | None,
     scale: float,
     softcap: float,
+    reach: int = 0,
 ) -> Tensor:
     """Attention of a window pass, [bs * w, heads, size] in q's dtype: each window token sees the whole prefix and those
     window tokens that the mask names. Writes the window's keys and values into the caches.
 
-    prefix_lens [bs] int32: tokens before the window; pages [bs, P] int32: where they are, page_size slots a page; the
-    others as in `window_attention`.
+    prefix_lens [bs] int32: tokens before the window; pages [bs, P] int32: where they are, page_size slots a page;
+    reach: how many tokens of the prefix, the last ones, are seen, 0: all; the others as in `window_attention`.
     """
     bs, w, _ = mask.shape
     positions = torch.arange(pages.shape[1] * page_size, device=q.device)
@@ -73,7 +74,10 @@ def tree_attention(
     scores = torch.einsum("bwhd,blhd->bhwl", scaled, keys)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill((positions >= prefix_lens[:, None])[:, None, None], -torch.inf)
+    unseen = positions >= prefix_lens[:, None]
+    if reach:
+        unseen |= positions < prefix_lens[:, None] - reach
+    scores = scores.masked_fill(unseen[:, None, None], -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().nan_to_num()  # no prefix, no weights
     out = torch.einsum("bhwl,blhd->bwhd", weights, values).reshape(q.shape)

@@ -35,6 +35,7 @@ def tree_attention(
     slots: Tensor | None,
     scale: float,
     softcap: float,
+    reach: int = 0,
 ) -> Tensor:
     bs, w, _ = mask.shape
     (_, heads, size), kv_heads = q.shape, k.shape[1]
@@ -42,7 +43,8 @@ def tree_attention(
     keys = 64 if rows > 16 and size <= 128 else 32
     tiles = triton.cdiv(w * (heads // kv_heads), rows) * kv_heads
     programs = multiprocessors(q.device) * (MOST_PROGRAMS if rows == 16 else 1)
-    splits = max(1, min(MOST_SPLITS, programs // (bs * tiles)))
+    worth = triton.cdiv(reach + w, WORTH) if reach else MOST_SPLITS  # a reach is all that is ever read
+    splits = max(1, min(MOST_SPLITS, programs // (bs * tiles), worth))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     split_tiles = bs * tiles * splits if splits > 1 else 0
     parts = torch.empty(split_tiles, rows, size, dtype=torch.float32, device=q.device)
@@ -50,10 +52,11 @@ def tree_attention(
     kernel: Any = tree_attention_kernel
     kernel[(tiles, splits, bs)](
         q, k, v, mask.view(torch.uint8), prefix_lens, pages, key_cache, value_cache, slots, out, parts, sums,
-        counters(q.device), q.stride(0), k.stride(0), v.stride(0), pages.stride(0), scale, splits,
+        counters(q.device), q.stride(0), k.stride(0), v.stride(0), pages.stride(0), scale, splits, reach,
         W=w, GROUP=heads // kv_heads, KV_HEADS=kv_heads, SIZE=size, PAGE=page_size, ROWS=rows,
         KEYS=keys, WINDOW=max(16, min(keys, triton.next_power_of_2(w))),
-        WORTH=WORTH, SPLIT=splits > 1, WRITE=slots is not None, SOFTCAP=softcap, num_warps=WARPS, num_stages=STAGES,
+        WORTH=WORTH, SPLIT=splits > 1, WRITE=slots is not None, REACH=reach > 0, SOFTCAP=softcap,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
 
@@ -69,18 +72,21 @@ def counters(device: torch.device) -> Tensor:
     return torch.zeros(MOST_PROGRAMS * multiprocessors(device), dtype=torch.int32, device=device)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "reach"])
 def tree_attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, lens_ptr, pages_ptr, key_cache, value_cache, slots_ptr, out_ptr, parts_ptr,
-    sums_ptr, counters_ptr, q_stride, k_stride, v_stride, pages_stride, scale, splits,
+    sums_ptr, counters_ptr, q_stride, k_stride, v_stride, pages_stride, scale, splits, reach,
     W: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, WORTH: tl.constexpr, SPLIT: tl.constexpr,
-    WRITE: tl.constexpr, SOFTCAP: tl.constexpr,
+    WRITE: tl.constexpr, REACH: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     tile, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head, first_row = tile % KV_HEADS, tile // KV_HEADS * ROWS
     prefix = tl.load(lens_ptr + request)
-    used = tl.minimum(tl.cdiv(prefix + W, WORTH), splits)
+    before = 0  # the first key
+    if REACH:
+        before = tl.maximum(prefix - reach, 0)
+    used = tl.minimum(tl.cdiv(prefix - before + W, WORTH), splits)
     if split >= used:
         return
     dims = tl.arange(0, SIZE)
@@ -92,9 +98,9 @@ def tree_attention_kernel(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, SIZE], tl.float32)
 
-    share = tl.cdiv(tl.cdiv(prefix + W, used), KEYS) * KEYS
-    end = tl.minimum((split + 1) * share, prefix)
-    for first in range(split * share, end, KEYS):
+    share = tl.cdiv(tl.cdiv(prefix - before + W, used), KEYS) * KEYS
+    end = tl.minimum(before + (split + 1) * share, prefix)
+    for first in range(before + split * share, end, KEYS):
         keys = first + tl.arange(0, KEYS)
         inside = keys < end
         page = tl.load(pages_ptr + request * pages_stride + keys // PAGE, mask=inside, other=0).to(tl.int64)

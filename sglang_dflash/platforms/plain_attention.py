@@ -39,9 +39,10 @@ class Span:
     """Some requests of a forward pass with w query tokens each, and the L key slots they are padded to.
 
     tokens: rows of the batch's queries, b*w of them. slots [b*L] int64. prefix_lens [b]: keys before the
-    first query token, which every query sees. query_pos [b, w]: positions of the query tokens, and of the
-    keys they wrote. window_mask [b, w, w] bool: query i may see the key of query j (None: any), if the layer
-    is not causal or j <= i. padded: some request has fewer than L keys.
+    first query token, which every query sees. first_keys [b]: how many keys before those no query sees (None: 0).
+    query_pos [b, w]: positions of the query tokens, and of the keys they wrote. window_mask [b, w, w] bool: query i
+    may see the key of query j (None: any), if the layer is not causal or j <= i. padded: some request has fewer than L
+    keys.
     """
 
     tokens: slice
@@ -52,6 +53,7 @@ class Span:
     query_pos: torch.Tensor
     window_mask: torch.Tensor | None
     padded: bool
+    first_keys: torch.Tensor | None = None
     swa_slots: torch.Tensor | None = None
     masks: dict[tuple[int, bool], torch.Tensor | None] = field(default_factory=dict)
 
@@ -85,7 +87,8 @@ class Span:
         seen = (columns < self.prefix_lens[:, None])[:, None].repeat(1, w, 1)
         seen.scatter_(2, own[:, None].expand(b, w, w), window)
         if sliding_window >= 0:
-            key_pos = columns.repeat(b, 1).scatter_(1, own, self.query_pos)
+            before = columns if self.first_keys is None else columns + self.first_keys[:, None]
+            key_pos = before.expand(b, -1).scatter(1, own, self.query_pos)
             seen &= key_pos[:, None] >= self.query_pos[:, :, None] - sliding_window
         nothing = torch.zeros(b, 1, w, key_count, dtype=dtype, device=device)
         return nothing.masked_fill_(~seen[:, None], float("-inf"))
@@ -98,7 +101,11 @@ class PlainAttnBackend(AttentionBackend):
     committed prefix (`forward_batch.seq_lens`): token i sees the whole prefix and those window tokens j with
     `spec_info.window_mask[b, i, j]` (bool [bs, w, w]; absent or None: all). In a layer that is not
     encoder-only, also j <= i: a tree's parents come before their children, so its mask loses nothing by it.
+
+    reach: how many tokens of the prefix, the last ones, a window pass sees; 0: all.
     """
+
+    reach = 0
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
@@ -142,6 +149,10 @@ class PlainAttnBackend(AttentionBackend):
     ) -> list[Span]:
         """The same w query tokens for every request: neighbours share a span up to its size."""
         positions = batch.positions.view(-1, w)
+        first_keys = None
+        if self.reach and batch.forward_mode.is_target_verify():
+            first_keys = (prefix_lens - self.reach).clamp(min=0)
+            prefix_lens = prefix_lens - first_keys
         lens = [prefix + w for prefix in prefix_lens.tolist()]
         spans, start = [], 0
         while start < len(lens):
@@ -150,16 +161,18 @@ class PlainAttnBackend(AttentionBackend):
                 longest = max(longest, lens[end])
                 end += 1
             rows = slice(start, end)
+            first = None if first_keys is None else first_keys[rows]
             spans.append(
                 Span(
                     tokens=slice(start * w, end * w),
                     b=end - start,
                     w=w,
-                    slots=self._slots(batch.req_pool_indices[rows], longest),
+                    slots=self._slots(batch.req_pool_indices[rows], longest, first),
                     prefix_lens=prefix_lens[rows],
                     query_pos=positions[rows],
                     window_mask=None if window_mask is None else window_mask[rows],
                     padded=min(lens[rows]) < longest,
+                    first_keys=first,
                 )
             )
             start = end
@@ -186,8 +199,14 @@ class PlainAttnBackend(AttentionBackend):
             start += w
         return spans
 
-    def _slots(self, req_pool_indices: torch.Tensor, length: int) -> torch.Tensor:
-        return self.req_to_token[req_pool_indices, :length].reshape(-1).to(torch.int64)
+    def _slots(
+        self, req_pool_indices: torch.Tensor, length: int, first_keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if first_keys is None:
+            return self.req_to_token[req_pool_indices, :length].reshape(-1).to(torch.int64)
+        columns = first_keys[:, None] + torch.arange(length, device=first_keys.device)
+        columns = columns.clamp(max=self.req_to_token.shape[1] - 1)  # what pads a shorter request
+        return self.req_to_token[req_pool_indices[:, None], columns].reshape(-1).to(torch.int64)
 
     def forward_extend(
         self,

@@ -67,8 +67,9 @@ class DraftRunner:
         self.selector = build_selector(self.network, embedding=self._embedding.weight, head=self._lm_head.weight)
 
     def bind_pools(self) -> None:
-        """Called once, when SGLang has made the draft's KV pool."""
+        """Called once, when SGLang has made the draft's KV pool and attention backend; no graph is captured yet."""
         self._pools = rows_of(self.runner.token_to_kv_pool)
+        self.runner.attn_backend.reach = self.options.draft_window
 
     def write_context(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
         """Write committed tokens' target features into the draft's KV pool.

@@ -63,8 +63,8 @@ class Planner:
         self._before = choice, step.clock.start
         return step
 
-    def learn(self, step: Step, nodes: Tensor, lens: Tensor) -> None:
-        """A step's results have reached the host: nodes [bs, D + 1] walked, lens [bs] emitted."""
+    def learn(self, step: Step, nodes: Tensor, lens: Tensor, contexts: list[int]) -> None:
+        """A step's results have reached the host: nodes [bs, D + 1] walked, lens [bs] emitted, tokens before them."""
         walked, emitted = nodes.numpy(), lens.numpy()
         if step.before is not None:
             choice, start = step.before
@@ -72,7 +72,7 @@ class Planner:
         self.budget.learn(step.choice, walked, emitted)
         self._log.step_done(step.choice, step.clock, emitted)
         if self._metrics is not None:
-            self._metrics.step_done(step.clock, step.choice.shape, emitted)
+            self._metrics.step_done(step.clock, step.choice.shape, emitted, contexts)
 
     def learner(self, step: Step) -> Any:
         """`learn` for the results of this step."""

@@ -29,18 +29,18 @@ def document_mask(starts: Tensor) -> BlockMask:
     return _create(mask, b, t, t, starts.device)
 
 
-def draft_mask(anchors: Tensor, starts: Tensor, width: int, block: int, causal: bool) -> BlockMask:
+def draft_mask(anchors: Tensor, firsts: Tensor, width: int, block: int, causal: bool) -> BlockMask:
     """What a row's draft blocks see, keys being the row's `width` context tokens, then all blocks' own tokens.
 
-    A block sees its document's context before its anchor, and itself: up to the query if causal, else whole. It sees
-    nothing of its own future targets and nothing of another block. anchors, starts [B, A]: each block's anchor in the
-    row, and where its document begins.
+    A block sees the context from its first token to its anchor, and itself: up to the query if causal, else whole. It
+    sees nothing of its own future targets and nothing of another block. anchors, firsts [B, A]: each block's anchor in
+    the row, and the first token it sees, of its own document.
     """
     b, a = anchors.shape
 
     def mask(batch: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
         mine = q // block
-        context = (k < anchors[batch, mine]) & (k >= starts[batch, mine])
+        context = (k < anchors[batch, mine]) & (k >= firsts[batch, mine])
         own = k - width
         inside = (own >= 0) & (own // block == mine)
         if causal:

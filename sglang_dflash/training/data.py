@@ -71,6 +71,11 @@ class Answers:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return int(np.diff(self.starts).max())
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -90,27 +95,28 @@ class Batch:
 
 
 def pack(answers: Answers, documents: np.ndarray, rows: int, width: int) -> tuple[Batch, int]:
-    """The first documents that fit in rows x width, in order, and how many they are. Longer ones are cut to width."""
+    """The first documents that fit in rows x width, and how many they are: each in the first row that has room for it,
+    up to the first one that no row has. Longer ones are cut to width.
+    """
     tokens = np.zeros((rows, width), dtype=np.int64)
     starts, which = np.zeros_like(tokens), np.full_like(tokens, -1)
     answer = np.zeros((rows, width), dtype=bool)
-    row, at, used = 0, 0, 0
+    filled, used = [0] * rows, 0
     for document in documents:
         begin, end = answers.starts[document], answers.starts[document + 1]
         size = min(int(end - begin), width)
-        if at + size > width:
-            starts[row, at:] = at
-            row, at = row + 1, 0
-        if row == rows:
+        row = next((row for row, at in enumerate(filled) if at + size <= width), None)
+        if row is None:
             break
+        at = filled[row]
         here = slice(at, at + size)
         tokens[row, here], answer[row, here] = (
             answers.tokens[begin : begin + size],
             answers.answer[begin : begin + size],
         )
         starts[row, here], which[row, here] = at, document
-        at, used = at + size, used + 1
-    if row < rows:
+        filled[row], used = at + size, used + 1
+    for row, at in enumerate(filled):
         starts[row, at:] = at
     return Batch(*(torch.from_numpy(a) for a in (tokens, starts, answer, which))), used
 

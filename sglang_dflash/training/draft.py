@@ -24,7 +24,8 @@ class DraftShape:
     """What is chosen of a draft; the rest follows from its target.
 
     selector: "none", "tied" (to the target's embedding and head) or "free" (DFlash2's codebooks). mask_token: id of
-    the token that stands for a position to be drafted.
+    the token that stands for a position to be drafted. window: how many of the committed tokens, the last ones, a block
+    sees; 0: all.
     """
 
     layers: int = 3
@@ -37,6 +38,7 @@ class DraftShape:
     candidates: int = 16
     mask_token: int = 0
     eps: float = 1e-6
+    window: int = 0
 
 
 class Norm(nn.Module):
@@ -199,6 +201,8 @@ def config_json(shape: DraftShape, target_config: dict) -> dict:
     dflash: dict = {"mask_token_id": shape.mask_token, "target_layer_ids": list(shape.features)}
     if shape.causal:
         dflash["causal_head"] = True
+    if shape.window:
+        dflash["draft_window"] = shape.window
     if shape.selector != "none":
         dflash |= {"selector_rank": shape.rank, "selector_top_k": shape.candidates}
     if shape.selector == "tied":
@@ -239,6 +243,7 @@ def shape_of(config: dict) -> DraftShape:
         candidates=dflash.get("selector_top_k", DraftShape.candidates),
         mask_token=dflash["mask_token_id"],
         eps=config["rms_norm_eps"],
+        window=dflash.get("draft_window", 0),
     )
 
 

@@ -76,7 +76,8 @@ def draft_hidden(draft: Draft, target: Target, batch: Batch, anchors: Tensor, co
     tokens = torch.full((*anchors.shape, shape.block), shape.mask_token, device=anchors.device)
     tokens[..., 0] = batch.tokens.gather(1, anchors)
     starts = batch.starts.gather(1, anchors)
-    mask = draft_mask(anchors, starts, t, shape.block, shape.causal)
+    firsts = torch.maximum(starts, anchors - shape.window) if shape.window else starts
+    mask = draft_mask(anchors, firsts, t, shape.block, shape.causal)
     own = (anchors - starts)[..., None] + torch.arange(shape.block, device=anchors.device)
     positions = torch.cat([torch.arange(t, device=anchors.device) - batch.starts, own.flatten(1)], dim=1)
     blocks = F.embedding(tokens.flatten(1), target.embedding)

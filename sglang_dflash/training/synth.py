@@ -20,9 +20,10 @@ import numpy as np
 from sglang_dflash.training.data import Document
 from sglang_dflash.training.generate import Engine, Progress, Request
 
-SOURCES = ["synthetic", "given", "text"]
+SOURCES = ["synthetic", "given", "text", "list", "document", "talk"]  # the last three: see long.py
 USER_TOKENS, ANSWER_TOKENS = 96, 448
 LONGEST_PROMPT = 400  # tokens, what came before in the conversation included; longer ones are dropped
+LONG_ROUNDS = 1 << 20  # where the engine's seeds of long conversations begin
 # Shares of synthetic conversations by temperature, of all documents that are raw text, of conversations of two turns.
 TEMPERATURES, TEMPERATURE_SHARES = (0.0, 0.7, 1.0), (0.7, 0.15, 0.15)
 TEXT_SHARE, SECOND_TURN_SHARE = 0.06, 0.25
@@ -105,6 +106,11 @@ class ChatFormat:
             self._cut[system] = head, middle, rest.split(self.NEXT)[0]
         return self._cut[system]
 
+    def turn(self, system: str | None, user: str, first: bool) -> str:
+        """What comes between two answers, or before the first one, where the user says `user`."""
+        head, middle, between = self.cut(system)
+        return (head if first else between.removeprefix(self.decode([[self.stop]])[0])) + user + middle
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
@@ -143,11 +149,19 @@ class Synthesis:
         talks = self._users(self._starts(rng, count))
         talks += [Conversation(self._system(rng), prompt, 1, temperature) for prompt, temperature in given]
         talks = self._fresh(talks)
-        texts = self._texts(rng, int(count * TEXT_SHARE))
-        asked = [self.chat.cut(t.system)[0] + t.user + self.chat.cut(t.system)[1] for t in talks]
-        self._answer(talks + texts, asked + [t.user for t in texts])
+        texts = self.texts(rng, int(count * TEXT_SHARE))
+        asked = [self.chat.turn(t.system, t.user, first=True) for t in talks]
+        self.answer(talks + texts, asked + [t.user for t in texts])
         self._second_turn(rng, talks)
         return [Document(t.tokens, t.spans, t.source) for t in talks + texts if t.spans]
+
+    def begin(self, number: int) -> None:
+        """Part `number` of what long.py makes: the engine's seeds follow from it."""
+        self.round = LONG_ROUNDS + number * 64
+
+    def conversation(self, rng: np.random.Generator, user: str, source: int) -> Conversation:
+        """One yet to be answered, under one of the system prompts, at one of the temperatures."""
+        return Conversation(self._system(rng), user, source, self._temperature(rng))
 
     def _generate(self, requests: list[Request]) -> list[list[int]]:
         self.round += 1
@@ -190,10 +204,10 @@ class Synthesis:
                 kept.append(talk)
         return kept
 
-    def _answer(self, talks: list[Conversation], texts: list[str]) -> None:
-        """Answer each conversation, of which `texts` are the tokens to come before the answer."""
+    def answer(self, talks: list[Conversation], texts: list[str], most: int = LONGEST_PROMPT) -> None:
+        """Answer each conversation, of which `texts` are the tokens to come before the answer, at most so many."""
         prompts = [t.tokens + ids for t, ids in zip(talks, self.chat.encode(texts), strict=True)]
-        short = [i for i, p in enumerate(prompts) if len(p) <= LONGEST_PROMPT + len(talks[i].tokens)]
+        short = [i for i, p in enumerate(prompts) if len(p) <= most + len(talks[i].tokens)]
         answers = self._generate([Request(prompts[i], talks[i].temperature, ANSWER_TOKENS) for i in short])
         for i, answer in zip(short, answers, strict=True):
             talks[i].answered(prompts[i], answer)
@@ -214,10 +228,10 @@ class Synthesis:
             for talk, tail, start, text in zip(again, tails, starts, decoded, strict=True)
             if tail[-1] == self.chat.stop and not self.held_out.holds(text)
         ]
-        self._answer([talk for talk, _ in both], [text for _, text in both])
+        self.answer([talk for talk, _ in both], [text for _, text in both])
 
-    def _texts(self, rng: np.random.Generator, count: int) -> list[Conversation]:
-        """Raw text on our topics, outside of any chat: its beginnings."""
+    def texts(self, rng: np.random.Generator, count: int) -> list[Conversation]:
+        """Raw text on our topics, outside of any chat: its beginnings, yet to be continued."""
         beginnings, topics = lines("beginnings"), lines("topics")
         picks = zip(rng.integers(len(beginnings), size=count), rng.integers(len(topics), size=count), strict=True)
         texts = [

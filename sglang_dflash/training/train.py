@@ -71,9 +71,11 @@ class Training:
                 layer.compile(dynamic=False)
 
     def begin_with(self, path: Path) -> None:
-        """Take a saved draft's weights to begin with, causal or not. Raises ValueError where it has another shape."""
-        given = drafts.load(path, self.target.config)
-        if replace(given.shape, causal=self.draft.shape.causal) != self.draft.shape:
+        """Take a saved draft's weights to begin with, causal or not, whatever it sees. Raises ValueError where it has
+        another shape.
+        """
+        given, mine = drafts.load(path, self.target.config), self.draft.shape
+        if replace(given.shape, causal=mine.causal, window=mine.window) != mine:
             raise ValueError(f"{path} is a draft of {given.shape}: ask for that shape, not {self.draft.shape}")
         self.draft.load_state_dict(given.state_dict())
         self.average = {k: v.detach().clone() for k, v in self.draft.state_dict().items()}

@@ -176,6 +176,13 @@ def test_json_and_file(log: Log, tmp_path: Path) -> None:
     assert out.with_suffix(".png").is_file()
 
 
+def test_long_prompts_say_how_long(log: Log, tmp_path: Path) -> None:
+    result = run("--rounds", "1", "--prompt-tokens", "700", "--prompts", "2", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout.splitlines()[-1])
+    assert all((row["benchmark"], row["prompt_tokens"]) == ("gsm8k", 700) for row in rows)
+
+
 def test_rounds_before_a_failure_are_not_lost(log: Log, tmp_path: Path) -> None:
     log.broken = "ours"
     out = tmp_path / "bench.json"
@@ -200,6 +207,7 @@ def test_a_server_that_finds_no_room(log: Log) -> None:
         (["--tree", "15", "--tree", "15:8"], "two of the servers are 'ours, 15 nodes, 8 deep'"),
         (["--opponent", "draft"], "SGLang's own DFLASH needs an accelerator"),
         (["--opponent-block", "8"], "--opponent-block 8 is for --opponent: name one"),
+        (["--prompt-tokens", "90"], "a prompt of 90 tokens has no room for two problems: ask for 300 or more"),
         (["--benchmark", "chat", "--per-slot", "200"], "200 prompts are wanted, but chat has 150"),
         (["--no-such", "3"], "neither bench nor SGLang's server takes all of --no-such 3"),
         (["--out", "x.txt"], "'x.txt' does not end in .json"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -145,6 +146,18 @@ def test_shipped_questions() -> None:
     assert questions[0].startswith("Janet’s ducks lay 16 eggs per day")
     with pytest.raises(ValueError, match="1320 prompts are wanted, but gsm8k has 1319: ask for fewer"):
         load.gsm8k(1320)
+
+
+@pytest.mark.parametrize("tokens", [300, 1000, 5000])
+def test_long_chats_are_as_long_as_asked(tokens: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(embedded.ensure().target)
+    chats = load.long_chats(tokenizer, load.gsm8k(load.GSM8K), tokens, 5)
+    assert len({tuple(ids[:80]) for ids in chats}) == 5  # no prefix of one is in another's cache
+    assert all(tokens - 300 < len(ids) <= tokens for ids in chats)
+    text = tokenizer.decode(chats[1])
+    assert "\n2. " in text and re.search(r"Solve problem \d+\.<\|im_end\|>\n<\|im_start\|>assistant\n$", text)
+    with pytest.raises(ValueError, match="a prompt of 120 tokens has no room for two problems"):
+        load.long_chats(tokenizer, load.gsm8k(5), 120, 1)
 
 
 @pytest.mark.parametrize("benchmark", ["gsm8k", "chat", "code"])

@@ -37,6 +37,7 @@ def test_the_embedded_draft_s_config() -> None:
     assert (draft.block_size, draft.max_depth, draft.causal, draft.mask_token_id) == (16, 15, True, 0)
     assert draft.target_layer_ids == (1, 14, 27)
     assert (draft.selector, draft.selector_rank, draft.selector_top_k) == ("tied", 128, 16)
+    assert draft.draft_window == 256
     assert draft.served_by(tensor_shapes_on_disk(DRAFT)) == ("ours", "")
     draft.check(hidden_size=576, vocab_size=49152, num_layers=30)
     check_tensors(tensor_shapes_on_disk(DRAFT), draft, source=str(DRAFT))
@@ -131,6 +132,8 @@ def test_a_tensor_that_the_network_has_no_place_for_is_sglang_s() -> None:
         ({"num_key_value_heads": 3}, {}, "4 is no multiple of num_key_value_heads 3"),
         ({"layer_types": ["full_attention"]}, {}, "1 layer_types for 3 layers"),
         ({"layer_types": ["sliding_attention"] * 3}, {}, "sliding_window is missing"),
+        ({}, {"draft_window": -1}, "draft_window is -1; it must be at least 1, or left out"),
+        ({}, {"draft_window": "256"}, "draft_window is '256'; it must be an integer"),
         ({}, {"output_multiplier": 0}, r"output_multiplier is 0\.0; it must be above 0"),
         ({}, {"final_logit_softcapping": -1}, r"final_logit_softcapping is -1\.0"),
         ({}, {"conv_kernel_size": 3}, "conv_kernel_size 3 and conv_group_size 0 must be given together"),

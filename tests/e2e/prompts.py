@@ -7,7 +7,7 @@ import json
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from transformers import PreTrainedTokenizerBase
 
-from sglang_dflash.cli.load import chat_ids, gsm8k
+from sglang_dflash.cli.load import chat_ids, gsm8k, listed_ids
 
 SHORT, LONG = 48, 8
 CONTEXT = 2048  # of the server whose context is small
@@ -21,7 +21,7 @@ def chats(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 def long_chats(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Chats of 1,500 tokens and more: a list of problems to read, and one of them to solve; four chats a list."""
     questions = gsm8k(SHORT + LONG // 4 * 28)[SHORT:]
-    prompts = [_listed(tokenizer, questions[i // 4 * 28 :][:28], i) for i in range(LONG)]
+    prompts = [listed_ids(tokenizer, questions[i // 4 * 28 :][:28], i) for i in range(LONG)]
     assert min(map(len, prompts)) >= 1500
     return prompts
 
@@ -29,13 +29,8 @@ def long_chats(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 def chats_below(tokenizer: PreTrainedTokenizerBase, tokens: int, count: int) -> list[list[int]]:
     """Chats of at most so many tokens, as near to it as whole problems come: a list of them, and one to solve."""
     questions = gsm8k(SHORT + tokens // 16)[SHORT:]
-    most = max(n for n in range(1, len(questions)) if len(_listed(tokenizer, questions[:n], n)) <= tokens)
-    return [_listed(tokenizer, questions[:most], i % most) for i in range(count)]
-
-
-def _listed(tokenizer: PreTrainedTokenizerBase, questions: list[str], which: int) -> list[int]:
-    numbered = "\n".join(f"{n}. {question}" for n, question in enumerate(questions, start=1))
-    return chat_ids(tokenizer, f"Here are some problems.\n{numbered}\nSolve problem {which + 1}.")
+    most = max(n for n in range(1, len(questions)) if len(listed_ids(tokenizer, questions[:n], n)) <= tokens)
+    return [listed_ids(tokenizer, questions[:most], i % most) for i in range(count)]
 
 
 _SCHEMA = {

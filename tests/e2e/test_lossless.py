@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import runpy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -24,8 +25,8 @@ OFFLINE_ANSWERS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """A server and how it is asked. kind: its nodes (None: a chain) and depth, for the offline computation. plant: what
-    is put into it.
+    """A server and how it is asked. kind: its nodes (None: a chain) and depth, and window: how far its draft sees where
+    that is not the draft's own, for the offline computation. plant: what is put into it.
     """
 
     args: str
@@ -34,6 +35,7 @@ class Case:
     long: int = 4
     kind: tuple[int | None, int] | None = None
     plant: str = ""
+    window: int | None = None
 
 
 CASES = {
@@ -55,10 +57,10 @@ CASES = {
     "any shape, mixed chunks": Case(
         "--chunked-prefill-size 256 --enable-mixed-chunk", 32, short=24, long=4, plant="any shape"
     ),
-    "tree 7, mixed chunks, paged": Case(
+    "tree 7, a short window, mixed chunks, paged": Case(
         "--speculative-num-draft-tokens 7 --speculative-num-steps 7 --chunked-prefill-size 256 --enable-mixed-chunk "
-        "--page-size 16",
-        16, kind=(7, 7),
+        "--page-size 16 --speculative-draft-window-size 24",
+        16, kind=(7, 7), window=24,
     ),
 }  # fmt: skip
 
@@ -81,12 +83,16 @@ def answers(case: Case, server: str, short_bodies: list[Body], long_bodies: list
 
 
 @pytest.fixture(scope="session")
-def offline(pair: embedded.Pair, known_answers: Path) -> dict[tuple[int | None, int], float]:
-    """Tokens a step by kind, computed from transformers."""
+def offline(pair: embedded.Pair, known_answers: Path) -> Callable[[Case], float]:
+    """Tokens a step, computed from transformers."""
     rows = json.loads(known_answers.read_text())[:OFFLINE_ANSWERS]
-    kinds = {str(case.kind): case.kind for case in CASES.values() if case.kind}
-    lengths = runpy.run_path(str(OFFLINE))["accept_lengths"](pair.target, pair.draft, rows, kinds)
-    return {kinds[name]: length for name, length in lengths.items()}
+    read = runpy.run_path(str(OFFLINE))
+
+    @cache
+    def of(kind: tuple[int | None, int], window: int | None) -> float:
+        return read["accept_lengths"](pair.target, pair.draft, rows, {"": kind}, window)[""]  # type: ignore[no-any-return]
+
+    return lambda case: of(case.kind, case.window)
 
 
 def test_text_is_that_of_plain_decoding(case: Case, answers: list[Body], plain: Plain) -> None:
@@ -101,7 +107,7 @@ def test_accept_length_is_what_transformers_say(
     server: str,
     answers: list[Body],
     short_bodies: list[Body],
-    offline: dict[tuple[int | None, int], float],
+    offline: Callable[[Case], float],
 ) -> None:
     if case.kind is None:
         return
@@ -109,7 +115,7 @@ def test_accept_length_is_what_transformers_say(
         answers = generate(server, short_bodies[:OFFLINE_ANSWERS], 1)
     metas = [answer["meta_info"] for answer in answers[:OFFLINE_ANSWERS]]
     emitted = sum(meta["completion_tokens"] - 1 for meta in metas)
-    assert emitted / sum(meta["spec_verify_ct"] for meta in metas) == pytest.approx(offline[case.kind], rel=0.03)
+    assert emitted / sum(meta["spec_verify_ct"] for meta in metas) == pytest.approx(offline(case), rel=0.03)
 
 
 def test_a_prefix_hit_accepts_as_the_cold_prompt_does(case: Case, server: str, long_bodies: list[Body]) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +19,7 @@ from sglang_dflash.kernels import flash, plain
 from sglang_dflash.platforms.cuda import FAST_CAPABILITIES
 
 MULTIPROCESSORS = 132  # an H100's, for the interpreter
+Op = Callable[..., torch.Tensor]
 ROUNDING = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
@@ -33,6 +35,7 @@ class Case:
     page_size: int = 1
     softcap: float = 0.0
     writes: bool = True
+    reach: int = 0
 
 
 CASES = {
@@ -44,12 +47,17 @@ CASES = {
     "large heads": Case((40, 90), 16, 2, 1, 256, page_size=16),
     "one token": Case((5, 1000), 1, 8, 2, 128, writes=False),
     "many": Case(tuple(range(3, 300, 5)), 2, 6, 3, 64),
+    "reach": Case((0, 7, 99, 100, 101, 300), 3, 9, 3, 64, reach=100),
+    "reach, split": Case((2100, 511, 4000), 4, 4, 1, 64, page_size=16, reach=512),
+    "reach, wide": Case((900, 20), 40, 4, 2, 64, page_size=16, reach=33),
+    "reach, one key": Case((50,), 16, 2, 1, 128, reach=1),
 }
 
 
-def errors(case: Case, dtype: torch.dtype) -> tuple[float, bool]:
-    """The widest difference to the plain op, of 1 + |value|, and whether both leave the same in the caches, and nothing
-    in the counters."""
+def outputs(case: Case, dtype: torch.dtype, *ops: tuple[Op, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What each of the (op, its reach) gives for a pass, and the caches that it leaves. The plain op reads zeros where
+    no op may look, the others NaN.
+    """
     torch.manual_seed(0)
     bs, w, room = len(case.prefixes), case.w, max(case.prefixes) + case.w
     columns = -(-room // case.page_size)
@@ -59,18 +67,36 @@ def errors(case: Case, dtype: torch.dtype) -> tuple[float, bool]:
     slots = (pages.gather(1, at // case.page_size) * case.page_size + at % case.page_size).flatten().long()
     caches = torch.randn(2, (bs * columns + 1) * case.page_size, case.kv_heads, case.size).to(dtype)
     caches[:, slots] = torch.nan  # what lies there before the window does is never read
+    if case.reach:  # nor what lies before the first key
+        for row, length in zip(pages, case.prefixes, strict=True):
+            unseen = torch.arange(max(0, length - case.reach))
+            caches[:, (row[unseen // case.page_size] * case.page_size + unseen % case.page_size).long()] = torch.nan
     qkv = torch.randn(bs * w, case.heads + 2 * case.kv_heads, case.size).to(dtype)
     q, k, v = qkv.split([case.heads, case.kv_heads, case.kv_heads], 1)
     mask = (torch.rand(bs, w, w) < 0.3) | torch.eye(w, dtype=torch.bool)
     results = []
-    for op in (plain.tree_attention, flash.tree_attention):
+    for op, reach in ops:
         own = caches.clone().nan_to_num() if op is plain.tree_attention else caches.clone()
         to = slots if case.writes else None
-        out = op(q, k, v, mask, lens, pages, case.page_size, *own, to, case.size**-0.5, case.softcap)
+        out = op(q, k, v, mask, lens, pages, case.page_size, *own, to, case.size**-0.5, case.softcap, reach)
         results.append((out.float(), own.nan_to_num()))
-    (want, filled), (got, also_filled) = results
-    left = int(flash.counters(q.device).abs().sum())
+    return results
+
+
+def errors(case: Case, dtype: torch.dtype) -> tuple[float, bool]:
+    """The widest difference to the plain op, of 1 + |value|, and whether both leave the same in the caches, and nothing
+    in the counters."""
+    ops = (plain.tree_attention, case.reach), (flash.tree_attention, case.reach)
+    (want, filled), (got, also_filled) = outputs(case, dtype, *ops)
+    left = int(flash.counters(got.device).abs().sum())
     return ((got - want).abs() / (1 + want.abs())).max().item(), torch.equal(filled, also_filled) and left == 0
+
+
+def changed(case: Case, dtype: torch.dtype) -> tuple[float, bool]:
+    """By how much a reach of the longest prefix changes what the op gives, and whether it leaves the same caches."""
+    ops = (flash.tree_attention, 0), (flash.tree_attention, max(case.prefixes))
+    (whole, filled), (reached, also_filled) = outputs(case, dtype, *ops)
+    return (reached - whole).abs().max().item(), torch.equal(filled, also_filled)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +112,49 @@ def test_interpreted(interpreted: dict[str, tuple[float, bool]], name: str, dtyp
     error, same_cells = interpreted[f"{name}, {dtype}"]
     assert error < ROUNDING[dtype]
     assert same_cells
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A pass of one token whose values tell which keys it saw: key i of the prefix holds i in its value's first place,
+    all keys the same score.
+    """
+
+    prefix: int
+    reach: int
+
+    def mean_key(self, op: Op) -> float:
+        q, k, v = torch.zeros(3, 1, 1, 64)
+        v[..., 0] = self.prefix  # the token's own
+        caches = torch.zeros(2, self.prefix + 2, 1, 64)
+        caches[1, : self.prefix, 0, 0] = torch.arange(self.prefix)
+        pages = torch.arange(self.prefix + 2, dtype=torch.int32)[None]
+        mask, lens = torch.ones(1, 1, 1, dtype=torch.bool), torch.tensor([self.prefix], dtype=torch.int32)
+        out = op(q, k, v, mask, lens, pages, 1, *caches, None, 1.0, 0.0, self.reach)
+        return float(out[0, 0, 0])
+
+
+def test_a_reach_of_w_is_w_keys_and_not_one_more_or_less() -> None:
+    """The control of the cases above, counted by hand: keys prefix - reach to prefix - 1, then the token itself."""
+    for prefix, reach in ((40, 8), (8, 8), (7, 8), (9, 8), (9, 0)):
+        first = max(0, prefix - reach) if reach else 0
+        mean = sum(range(first, prefix + 1)) / (prefix + 1 - first)
+        assert Reached(prefix, reach).mean_key(plain.tree_attention) == pytest.approx(mean, rel=1e-5)
+        assert Reached(prefix, reach + 1).mean_key(plain.tree_attention) != pytest.approx(mean, rel=1e-3) or (
+            reach >= prefix
+        )
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.reach])
+def test_a_reach_wider_than_every_prefix_changes_no_bit(interpreted: dict[str, tuple[float, bool]], name: str) -> None:
+    assert interpreted[f"{name}, wide reach"] == [0.0, True]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.reach])
+def test_a_reach_wider_than_every_prefix_changes_no_bit_compiled(name: str) -> None:
+    with torch.device("cuda"):
+        assert changed(CASES[name], torch.bfloat16) == (0.0, True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -138,12 +207,10 @@ def rms(x: torch.Tensor) -> float:
 
 if __name__ == "__main__":
     flash.multiprocessors = lambda device: MULTIPROCESSORS
-    print(
-        json.dumps(
-            {
-                f"{name}, {dtype}": errors(case, getattr(torch, dtype))
-                for name, case in CASES.items()
-                for dtype in ("float32", "float16")
-            }
-        )
-    )
+    found = {
+        f"{name}, {dtype}": errors(case, getattr(torch, dtype))
+        for name, case in CASES.items()
+        for dtype in ("float32", "float16")
+    }
+    found |= {f"{name}, wide reach": changed(case, torch.float32) for name, case in CASES.items() if not case.reach}
+    print(json.dumps(found))

@@ -88,6 +88,24 @@ def test_wide_windows_behind_long_or_unknown_prefixes_go_two_ways(
         assert backend.scheduled[0]["cache_seqlens"].tolist() == [5, 6]
 
 
+def test_a_draft_that_reaches_no_further_goes_one_way(
+    attention: ModuleType, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.reach = 96
+    assert backend.ways(WIDE) is None
+    backend.init_forward_metadata(batch(WIDE, [5, 6], None, SHORT_PREFIX + 1))
+    assert backend._in_one and not backend.scheduled
+    given: list[Any] = []
+    monkeypatch.setattr(attention.kernels, "tree_attention", lambda *a: given.append(a) or a[0])
+    q, k, v = (torch.zeros(2 * WIDE, heads * DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    layer = SimpleNamespace(
+        layer_id=0, sliding_window_size=-1, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS,
+        head_dim=DIM, scaling=0.5, logit_cap=0.0,
+    )  # fmt: skip
+    backend.forward_extend(q, k, v, layer, batch(WIDE, [5, 6], None))
+    assert given[0][-1] == 96
+
+
 def test_graphs_are_recorded_of_both_ways_where_there_are_two(attention: ModuleType, backend: Any) -> None:
     for width, variants in ((NARROW, None), (WIDE, attention.Ways)):
         seen: list[Any] = []

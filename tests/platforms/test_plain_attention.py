@@ -45,8 +45,8 @@ class World:
         for prefix, slots, k, v in zip(prefix_lens, self.slots, self.keys, self.values, strict=True):
             self.pool.set_kv_buffer(self.layer, slots[:prefix], k[:prefix], v[:prefix])
 
-    def run(self, mode: ForwardMode, window_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The backend's output [new tokens, heads, head_dim]."""
+    def run(self, mode: ForwardMode, window_mask: torch.Tensor | None = None, reach: int = 0) -> torch.Tensor:
+        """The backend's output [new tokens, heads, head_dim]; reach: of its window passes."""
         prefix_lens, new_lens = torch.tensor(self.prefix_lens), torch.tensor(self.new_lens)
         spec_info = None
         if mode.is_target_verify():
@@ -68,6 +68,7 @@ class World:
             token_to_kv_pool=self.pool,
         )
         backend = PlainAttnBackend(runner)
+        backend.reach = reach
         q, k, v = torch.cat(self.queries).flatten(1), self._new(self.keys), self._new(self.values)
         with torch.device("meta"):  # a tensor made where torch pleases, and not where the pool is, is of no use
             backend.init_forward_metadata(batch)
@@ -76,13 +77,14 @@ class World:
     def _new(self, per_request: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([x[p:] for p, x in zip(self.prefix_lens, per_request, strict=True)])
 
-    def reference(self, window_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def reference(self, window_mask: torch.Tensor | None = None, reach: int = 10**9) -> torch.Tensor:
         """The same, one query and one head at a time, in float64."""
         out = []
         for b, prefix in enumerate(self.prefix_lens):
             key_pos = torch.cat([torch.arange(prefix), self.positions[b]])
             for i in range(self.new_lens[b]):
                 seen = self._seen(b, i, window_mask) & self._within(key_pos, self.positions[b][i])
+                seen[: max(0, prefix - reach)] = False
                 out.append(torch.stack([self._head(b, i, h, seen) for h in range(HEADS)]))
         return torch.stack(out).float()
 
@@ -166,6 +168,53 @@ def test_tree_window(
     mask, depth = random_trees(world.bs, w)
     world.positions = [p + d for p, d in zip(prefix_lens, depth, strict=True)]
     assert_same(world.run(ForwardMode.TARGET_VERIFY, mask), world.reference(mask))
+
+
+@pages
+@layers
+@spans
+@pytest.mark.parametrize("reach", [1, 16, 17, 33, 49])
+def test_a_reach_cuts_the_prefix_of_window_passes(
+    page: int, layer: dict, span_tokens: int, reach: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain_attention, "SPAN_TOKENS", span_tokens)
+    prefix_lens = [3, 50, 17, 0, 33]  # below, at and above it
+    world = World(prefix_lens, [7] * 5, page, **layer)
+    mask, depth = random_trees(world.bs, 7)
+    world.positions = [p + d for p, d in zip(prefix_lens, depth, strict=True)]
+    reached = world.run(ForwardMode.TARGET_VERIFY, mask, reach)
+    assert_same(reached, world.reference(mask, reach))
+    if world.layer.sliding_window_size < 0:  # else the layer itself reaches no further
+        assert (reached - world.reference(mask, reach + 1)).abs().max() > 1e-3
+        assert (reached - world.reference(mask, reach - 1)).abs().max() > 1e-3
+
+
+@pages
+@layers
+def test_a_reach_wider_than_every_prefix_changes_no_bit(page: int, layer: dict) -> None:
+    prefix_lens = [3, 50, 17, 0, 33]
+    for reach in (50, 51, 10**6):
+        wide, whole = (World(prefix_lens, [7] * 5, page, **layer) for _ in range(2))
+        mask, _ = random_trees(5, 7)
+        assert torch.equal(
+            wide.run(ForwardMode.TARGET_VERIFY, mask, reach), whole.run(ForwardMode.TARGET_VERIFY, mask)
+        )
+
+
+def test_a_reach_is_of_window_passes_alone() -> None:
+    world = World([25, 4], [1, 1], 1)
+    assert_same(world.run(ForwardMode.DECODE, reach=3), world.reference())
+    world = World([25, 4], [6, 6], 1)
+    assert_same(world.run(ForwardMode.EXTEND, reach=3), world.reference())
+
+
+def test_what_pads_a_reached_span_stays_within_the_slot_table() -> None:
+    world = World([60, 50], [7, 7], 1)
+    world.req_to_token = world.req_to_token[:, :67].clone()  # the longer request ends where its row does
+    assert_same(world.run(ForwardMode.TARGET_VERIFY, reach=20), world.reference(reach=20))
+    world = World([60, 5], [7, 7], 1)
+    world.req_to_token = world.req_to_token[:, :67].clone()
+    assert_same(world.run(ForwardMode.TARGET_VERIFY, reach=57), world.reference(reach=57))
 
 
 @layers

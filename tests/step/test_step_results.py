@@ -96,7 +96,10 @@ def test_what_is_behind_an_end_counts_nowhere(tokenizer: PreTrainedTokenizerBase
         result.num_correct_drafts = int((result.accept_lens - 1).sum())  # as SGLang adds them up
         return [run[:length] for length in result.accept_lens.tolist()]
 
+    counted: list[list[int]] = []
+    result.learn = lambda nodes, lens, contexts: counted.extend([lens.tolist(), contexts])
     assert settle_runs(original, None, result, batch) == [[], [], run[:2], run[:3]]
+    assert counted == [[0, 0, 2, 3], [2 + len(ended.output_ids), 2, 2, 2]]
     assert (result.num_correct_drafts, result.get_num_generated_tokens(4)) == (3, 5)
     told: list[Any] = []
     count_live(lambda *args, **more: told.append((*args, more)), None, 4, 3, num_accept_tokens=5, num_cap_tokens=0)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable
-from itertools import islice
+from itertools import groupby, islice
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-from sglang_dflash.training.data import Answers, Batch, Cursor, batches, pack
+from sglang_dflash.training import long
+from sglang_dflash.training.data import Answers, Batch, Cursor, Document, batches, pack, write_shard
 from sglang_dflash.training.generate import Progress, Request, SGLangEngine
-from sglang_dflash.training.synth import ChatFormat, HeldOut, Synthesis, lines, readable, varied
+from sglang_dflash.training.synth import SOURCES, ChatFormat, HeldOut, Synthesis, lines, readable, varied
 
 Make = Callable[..., Answers]
 
@@ -26,7 +31,7 @@ def test_packing_keeps_documents_whole_and_answers_marked(make_answers: Make) ->
     answers = make_answers(20)
     batch, used = pack(answers, np.arange(20), rows=3, width=64)
     expected = [answers.tokens[answers.starts[d] : answers.starts[d + 1]].tolist() for d in range(used)]
-    assert 3 <= used < 20 and documents_of(batch) == expected
+    assert 3 <= used < 20 and sorted(documents_of(batch)) == sorted(expected)
     for row in range(3):
         for at in range(64):
             document = int(batch.document[row, at])
@@ -36,6 +41,18 @@ def test_packing_keeps_documents_whole_and_answers_marked(make_answers: Make) ->
             source = answers.starts[document] + at - int(batch.starts[row, at])
             assert batch.tokens[row, at] == answers.tokens[source]
             assert batch.answer[row, at] == answers.answer[source]
+
+
+def test_a_row_is_filled_with_what_no_earlier_one_had_room_for(tmp_path: Path) -> None:
+    sizes = [50, 40, 30, 20, 10, 60, 5]
+    write_shard(tmp_path / "shard-00000.npz", [Document([i] * size, [(0, size)], 0) for i, size in enumerate(sizes)])
+    (tmp_path / "manifest.json").write_text(json.dumps({"sources": ["all"]}))
+    answers = Answers(tmp_path)
+    batch, used = pack(answers, np.arange(7), rows=2, width=80)
+    assert answers.longest == 60 and used == 5  # the sixth has no row
+    rows = [[len(list(same)) for _, same in groupby(row.tolist())] for row in batch.document]
+    assert rows == [[50, 30], [40, 20, 10, 10]] and batch.document[1, -1] == -1  # the last are padding
+    assert batch.starts[0, 50:].unique().tolist() == [50] and batch.starts[1, 70:].unique().tolist() == [70]
 
 
 def test_resuming_gives_the_batches_that_would_have_come(make_answers: Make) -> None:
@@ -128,6 +145,48 @@ def test_prompt_lists_are_distinct_and_prompts_filtered() -> None:
         assert len(lines(name)) == len(set(lines(name))) > 15
     assert readable("What is rain made of?")
     assert not any(map(readable, ("Hi", "What is <|im_start|> then?", "Что такое дождь и откуда он?")))
+
+
+QUESTIONS = [f"What is number {i} made of, and why?" for i in range(60)]
+LONGEST = 3000  # characters, to this tokenizer
+
+
+def test_long_conversations_are_of_every_kind_and_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long, "ANSWER_TOKENS", 60)
+    making = synthesis([QUESTIONS[7]])
+    of = long.pool(making, 0, QUESTIONS, 40)
+    assert len(of.questions.texts) == 59 and 20 < len(of.paragraphs.texts) <= 40
+    made, again = (long.long_chunk(making, 1, 60, of, LONGEST) for _ in range(2))
+    assert made == again and made != long.long_chunk(making, 2, 60, of, LONGEST)
+    assert {SOURCES[d.source] for d in made} == {"list", "document", "talk"}
+    sizes = sorted(len(d.tokens) for d in made)
+    assert sizes[0] < 600 and LONGEST * 0.7 < sizes[-1] <= LONGEST
+    assert max(len(d.spans) for d in made) == 12  # the turns of a talk
+    for document in made:
+        text = Words().batch_decode([document.tokens], False)[0]
+        assert QUESTIONS[7] not in text
+        for start, end in document.spans:
+            assert text[:start].endswith("[assistant]") and text[start:end].startswith(" words number")
+            assert text[end - 1] == "$"
+        assert text.count("[assistant]") == len(document.spans)  # every answer is the target's, and marked
+        if SOURCES[document.source] == "list" and "Answer question" in text:
+            assert len(re.findall(r"^\d+\. What is number", text, re.MULTILINE)) > 1
+
+
+def test_of_a_conversation_set_aside_the_last_answer_alone_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long, "ANSWER_TOKENS", 60)
+    making = synthesis([])
+    of = long.pool(making, 0, QUESTIONS, 40)
+    made, names = long.held_out(making, of, [200, 900], [1, 3], 4, LONGEST)
+    assert names == ["list 200", "list 900", "document 200", "document 900", "turn 1", "turn 3"]
+    assert Counter(names[d.source] for d in made) == dict.fromkeys(names, 4)
+    for document in made:
+        text = Words().batch_decode([document.tokens], False)[0]
+        turns = 3 if names[document.source] == "turn 3" else 1
+        assert text.count("[assistant]") == turns and document.spans == [(text.rindex("[assistant]") + 11, len(text))]
+    for name in names[:4]:
+        lengths = [d.spans[0][0] for d in made if names[d.source] == name]
+        assert 0.5 < np.mean(lengths) / int(name.split()[1]) < 1.3
 
 
 def test_sglang_is_not_asked_for_nothing() -> None:

@@ -53,9 +53,14 @@ def test_train_evaluate_export(
     assert done.stdout.count("million parameters") == 1  # one process speaks
     curve = json.loads((out / "curve.json").read_text())
     assert curve[-1]["step"] == 4 and curve[-1]["tokens"] == 4 * 2 * 128 * 2
+    dflash = json.loads((out / "draft" / "config.json").read_text())["dflash_config"]
+    assert dflash["draft_window"] == Answers(data).longest  # no server will let it look further
 
-    script("evaluate_draft").main(target_path, held_out, [out / "draft"], 10, 2, 128)
+    script("evaluate_draft").main(target_path, held_out, [out / "draft"], None, 10, 2, 128)
     assert set(json.loads(capsys.readouterr().out)["accept"]) == {"even", "odd"}
+    script("evaluate_draft").main(target_path, held_out, [out / "draft"], [0, 3], 10, 2, 128)
+    whole, cut = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (whole["window"], cut["window"]) == (0, 3) and whole["accept"] != cut["accept"]
     script("export_twin").main(target_path, out / "draft", tmp_path / "twin", "float32")
     twin = load_file(tmp_path / "twin" / "model.safetensors")
     assert twin["candidate_selector.successor_codebook"].shape == (61, 8)

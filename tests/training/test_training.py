@@ -63,6 +63,28 @@ def test_a_block_sees_its_past_alone(target: Target, make_answers: Make, causal:
     assert reaches(target, make_answers, causal) == SEALED
 
 
+@pytest.mark.parametrize("window", [1, 5, 11, 12, 40])
+def test_a_window_is_of_the_last_tokens_and_not_one_more_or_less(
+    target: Target, make_answers: Make, window: int
+) -> None:
+    """At lengths of the context below, at and above it."""
+    torch.manual_seed(0)
+    network = Draft(replace(SHAPE, window=window), target.config)
+    batch, _ = pack(make_answers(6), torch.arange(6).numpy(), 1, 160)
+    first = int((batch.document == 1).nonzero()[0, 1])
+    anchor = torch.tensor([[first + 11]])
+    context = step.features(target, batch, [0, 1])
+    before = step.draft_hidden(network, target, batch, anchor, context)
+    for back in range(1, 12):
+        changed = context.clone()
+        changed[0, first + 11 - back] += 1
+        after = step.draft_hidden(network, target, batch, anchor, changed)
+        assert torch.equal(before, after) is (back > window)
+    whole = Draft(SHAPE, target.config)
+    whole.load_state_dict(network.state_dict())
+    assert torch.equal(before, step.draft_hidden(whole, target, batch, anchor, context)) is (window >= 11)
+
+
 @pytest.mark.parametrize(("leak", "noticed"), [("future", "future"), ("block", "block"), ("document", "document")])
 def test_a_planted_leak_is_noticed(
     target: Target, make_answers: Make, monkeypatch: pytest.MonkeyPatch, leak: str, noticed: str
@@ -180,10 +202,12 @@ def test_training_learns_resumes_and_saves(target: Target, make_answers: Make, t
 def test_training_begins_with_a_saved_draft_causal_or_not(target: Target, tmp_path: Path) -> None:
     saved = Draft(SHAPE, target.config)
     draft.save(saved, saved.state_dict(), tmp_path / "draft", torch.float32)
-    training = Training(target, replace(SHAPE, causal=not SHAPE.causal), Recipe(steps=1), tmp_path)
+    training = Training(target, replace(SHAPE, causal=not SHAPE.causal, window=9), Recipe(steps=1), tmp_path)
     training.begin_with(tmp_path / "draft")
     for name, tensor in saved.state_dict().items():
         assert torch.equal(training.draft.state_dict()[name], tensor) and torch.equal(training.average[name], tensor)
+    draft.save(training.draft, training.average, tmp_path / "windowed", torch.float32)
+    assert draft.load(tmp_path / "windowed", target.config).shape == training.draft.shape
     other = Training(target, replace(SHAPE, layers=1), Recipe(steps=1), tmp_path)
     with pytest.raises(ValueError, match=r"layers=2.*not DraftShape\(layers=1"):
         other.begin_with(tmp_path / "draft")

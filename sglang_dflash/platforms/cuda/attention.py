@@ -5,6 +5,8 @@ token sees of its window is a few ancestors. Narrow windows, and all windows beh
 one op of ours. Where wide windows meet a long prefix, FlashAttention-3 attends to it, and a second op joins what each
 token sees of its window. No mask as long as the context is ever made, and nothing is planned on the host.
 
+A draft that sees only the last tokens of its context never meets a long prefix: its passes go to the one op.
+
 Which way a pass goes is decided by the longest prefix that the host thinks possible; CUDA graphs are recorded of both.
 """
 
@@ -47,14 +49,18 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
 
     window_mask [bs, w, w] bool: window token i sees window token j, in every layer. The keys and values of the window
     are written by the same kernel that attends to them.
+
+    reach: how many tokens of the prefix, the last ones, a window pass sees; 0: all.
     """
+
+    reach = 0
 
     def ways(self, width: int) -> type[Ways] | None:
         """Of attending to windows of this width; None if there is one."""
-        return None if self._is_narrow(width) else Ways
+        return None if self._has_one_way(width) else Ways
 
-    def _is_narrow(self, width: int) -> bool:
-        return is_narrow(width, self.num_attention_heads, self.num_kv_heads)
+    def _has_one_way(self, width: int) -> bool:
+        return self.reach > 0 or is_narrow(width, self.num_attention_heads, self.num_kv_heads)
 
     def make_room(self, requests_by_width: dict[int, int]) -> None:
         """Make what graphs of these widths read, each for so many requests; once, as graphs keep the addresses."""
@@ -79,7 +85,7 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
             mask = getattr(forward_batch.spec_info, "window_mask", None)
             if mask is None:  # SGLang warming up
                 mask = torch.ones(bs, width, width, dtype=torch.bool, device=self.device)
-            self._in_one = self._is_narrow(width) or Ways.select(forward_batch) == Ways.short
+            self._in_one = self._has_one_way(width) or Ways.select(forward_batch) == Ways.short
             self._bind(forward_batch.seq_lens.to(torch.int32), mask.contiguous())
             self._schedule()
 
@@ -156,6 +162,7 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
             slots,
             layer.scaling,
             layer.logit_cap,
+            self.reach,
         )
 
     def _attend_in_two(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, slots: Tensor | None) -> Tensor:
