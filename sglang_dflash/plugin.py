@@ -61,14 +61,17 @@ def _settle_arguments(original: Callable[[Any], None], server_args: Any) -> None
     from sglang_dflash import arguments
 
     arguments.settle_arguments(original, server_args)
-    _tell_accept_rates_by_path("sglang.srt.managers.tokenizer_manager.TokenizerManager._calculate_spec_decoding_metrics")
+    _take_over_requests("sglang.srt.managers.tokenizer_manager.TokenizerManager")
 
 
 @functools.cache  # a hook is registered once
-def _tell_accept_rates_by_path(report: str) -> None:
+def _take_over_requests(manager: str) -> None:
+    """Accept rates told by path, and samples of one request with seeds of their own."""
     from sglang_dflash import metrics
+    from sglang_dflash.step import seeds
 
-    HookRegistry.register(report, metrics.by_path, HookType.AROUND)
+    HookRegistry.register(f"{manager}._calculate_spec_decoding_metrics", metrics.by_path, HookType.AROUND)
+    HookRegistry.register(f"{manager}._send_one_request", seeds.seed_each_sample, HookType.AROUND)
     HookRegistry.apply_hooks()
 
 
@@ -93,7 +96,7 @@ def _take_over() -> None:
     from sglang_dflash import metrics
     from sglang_dflash.draft.config import ARCHITECTURES
     from sglang_dflash.draft.network import DFlashDraftModel
-    from sglang_dflash.step import admission, carry, results, session
+    from sglang_dflash.step import admission, carry, results, sampling, seeds, session
     from sglang_dflash.updates import select_runners
 
     ModelRegistry.models.update(dict.fromkeys(ARCHITECTURES, DFlashDraftModel))
@@ -107,6 +110,8 @@ def _take_over() -> None:
             results.count_live,
         f"{managers}.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats":
             metrics.by_path,
+        "sglang.srt.layers.sampler.Sampler._sample_from_probs": sampling.sample_from_probs,
+        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch": seeds.give_seeds,
         "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req": session.keep_what_is_written,
         f"{managers}.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._select_runners": select_runners,
     }  # fmt: skip

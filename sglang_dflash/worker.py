@@ -215,12 +215,9 @@ class DFlashWorker(BaseSpecWorker):
         bs, width = tree.tokens.shape
         logits = output.next_token_logits
         adjust_logits(logits.view(bs, width, -1), batch, tree.tokens[:, 0], grammar_barrier)
-        if batch.return_logprob:
-            output.next_token_logits = logits.clone()  # sampling overwrites what it is given
-        sampled = sample_nodes(self.target, output, batch.sampling_info, positions, width)
+        sampled = sample_nodes(logits, batch.sampling_info, positions, tree)
         walked = walk(tree, sampled, window.deepest)
         if batch.return_logprob:
-            output.next_token_logits = logits
             compute_spec_logprobs(batch, output, sampled.flatten(), accept_index=_walked_rows(walked, width))
         return walked
 

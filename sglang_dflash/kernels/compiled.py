@@ -33,6 +33,7 @@ NO_NVCC = (
 )
 BLOCKS = 264  # of a launch that fills a large GPU twice over
 WARPS = 4096  # that keep a large GPU busy where each waits for memory
+SAMPLED_PART = 8192  # of `sample`, as csrc/sample.cu says
 PART = 4096, 32_768  # logits of a row that a block looks at: shorter ones do not pay, longer ones fill shared memory
 
 
@@ -182,6 +183,23 @@ def write_context(
     kv: Tensor, k_norm: Tensor | None, cos_sin: Tensor, positions: Tensor, slots: Tensor, pools: Pools, eps: float
 ) -> None:
     library().write_context(kv, k_norm, cos_sin, positions, slots, pools.addresses.view(2, -1), eps)
+
+
+def sample(
+    logits: Tensor,
+    positions: Tensor,
+    seeds: Tensor,
+    temperatures: Tensor,
+    top_ks: Tensor,
+    top_ps: Tensor,
+    min_ps: Tensor,
+    filtered: bool,
+) -> Tensor:
+    rows, vocab = logits.shape
+    scratch = positions.new_empty(rows, -(-vocab // SAMPLED_PART), 2)
+    out = positions.new_empty(rows)
+    library().sample(logits, positions, seeds, temperatures, top_ks, top_ps, min_ps, scratch, out)
+    return out
 
 
 def window_attention(

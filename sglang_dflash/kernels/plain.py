@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang_dflash.kernels.attention import tree_attention, window_attention
 from sglang_dflash.kernels.lattice import lattice_logp, selector_logp, topk_lse
 from sglang_dflash.kernels.rows import commit_rows, move_rows, open_window, write_context
+from sglang_dflash.kernels.sampling import sample
 from sglang_dflash.kernels.tree import grow, grow_chain, walk
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "lattice_logp",
     "move_rows",
     "open_window",
+    "sample",
     "selector_logp",
     "topk_lse",
     "tree_attention",

@@ -1,4 +1,4 @@
-"""Sampling at every node of a tree with SGLang's own sampler.
+"""Sampling at the nodes of a tree: with noise known beforehand, from a seed that every request has.
 
 What is emitted is always the target's own sample, so greedy text and every sampled distribution are what they are
 without speculation, whatever was drafted.
@@ -15,7 +15,8 @@ from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 from torch import Tensor
 
-_PER_REQUEST = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed")
+from sglang_dflash import kernels
+from sglang_dflash.tree import DraftTree
 
 
 def depends_on_history(req: Any) -> bool:
@@ -68,18 +69,63 @@ def adjust_logits(
     logits[:, 0] = root
 
 
-def sample_nodes(runner: Any, output: Any, info: Any, positions: Tensor, width: int) -> Tensor:
-    """The target's sample at each node, int64 [bs, width].
+def sample_nodes(logits: Tensor, info: Any, positions: Tensor, tree: DraftTree) -> Tensor:
+    """The target's sample at each node, int64 [bs, w]; on a CPU at those alone that its own samples lead to.
 
-    runner: the target's model runner; output: its LogitsProcessorOutput with `next_token_logits` [bs * width, V],
-    which sampling overwrites; info: the batch's SamplingBatchInfo; positions [bs * width] int64 of the nodes.
+    logits [bs * w, V]: the target's at the nodes; info: the batch's SamplingBatchInfo; positions [bs * w] int64.
     """
-    settings = () if info.is_all_greedy else _PER_REQUEST  # of which greedy sampling reads none
-    per_node = dataclasses.replace(
-        info,
-        **{name: value.repeat_interleave(width, 0) for name in settings if (value := getattr(info, name)) is not None},
-        has_custom_logit_processor=False,
-        grammars=None,
-        sampling_mask_batch_indices=None,
+    if logits.is_cpu:
+        return _sample_along(logits, info, positions, tree)
+    if info.is_all_greedy:
+        return logits.argmax(-1).view(tree.tokens.shape)
+    return _sample(logits, positions, info, slice(None)).view(tree.tokens.shape)
+
+
+def _sample_along(logits: Tensor, info: Any, positions: Tensor, tree: DraftTree) -> Tensor:
+    """A sample costs a CPU as much as a layer: none is drawn where no walk can come. Other nodes' are 0."""
+    bs, w = tree.tokens.shape
+    sampled = torch.zeros_like(tree.tokens)
+    walking, node = torch.arange(bs), torch.zeros(bs, dtype=torch.int64)
+    while len(walking):
+        rows = walking * w + node
+        token = _sample(logits[rows], positions[rows], info, walking)
+        sampled[walking, node] = token
+        follows = (tree.parents[walking] == node[:, None]) & (tree.tokens[walking] == token[:, None])
+        follows[:, 0] = False  # the root, its own parent
+        on = follows.any(1)
+        walking, node = walking[on], follows[on].int().argmax(1)
+    return sampled
+
+
+def _sample(logits: Tensor, positions: Tensor, info: Any, requests: slice | Tensor) -> Tensor:
+    """A token of each row, of the requests named: equally many rows of each, neighbours."""
+    return kernels.sample(
+        logits,
+        positions,
+        info.sampling_seed[requests],
+        info.temperatures[requests, 0].contiguous(),
+        info.top_ks[requests],
+        info.top_ps[requests],
+        info.min_ps[requests],
+        info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling,
     )
-    return runner.sampler(output, per_node, False, [], [], positions).to(torch.int64).view(-1, width)
+
+
+def sample_from_probs(
+    original: Callable[..., Any], sampler: Any, probs: Tensor, info: Any, positions: Tensor, unfiltered: bool
+) -> tuple[Tensor, None]:
+    """Around the choice of SGLang's sampler, which a prefill's first tokens come from: by the same noise as all others.
+
+    probs [bs, V]: at the request's temperature already, and still needed; positions [bs] int64.
+    """
+    every = kernels.sample(
+        probs.log(),
+        positions.to(torch.int64),
+        info.sampling_seed,
+        torch.ones_like(info.top_ps),
+        info.top_ks,
+        info.top_ps,
+        info.min_ps,
+        not unfiltered,
+    )
+    return every.to(torch.int32), None

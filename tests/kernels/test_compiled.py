@@ -102,6 +102,17 @@ def test_grow(bs: int, d: int, kp: int, k: int, n: int, tied: bool) -> None:
     agree("grow_chain", tokens, logp, bonus, min(d, n), atol=1e-5)  # torch adds up in another order
 
 
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("bs", "w", "vocab"), [(1, 1, 16), (3, 5, 777), (2, 4, 20_000)])
+def test_sample(dtype: torch.dtype, bs: int, w: int, vocab: int) -> None:
+    logits, none = (torch.randn(bs * w, vocab) * 4).to(dtype), torch.ones(bs)
+    positions, seeds = torch.randint(1 << 20, (bs * w,)), torch.randint(1 << 62, (bs,))
+    no_k = torch.full((bs,), 1 << 30, dtype=torch.int32)
+    agree("sample", logits, positions, seeds, none * 0.7, no_k, none, none * 0, False)
+    top_ks = torch.tensor([40, 1, 3], dtype=torch.int32)[:bs]
+    agree("sample", logits, positions, seeds, torch.rand(bs) + 0.5, top_ks, none * 0.9, none * 0.02, True)
+
+
 @pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize(("n", "d"), [(0, 0), (3, 2), (63, 15), (255, 15)])
 def test_walk_and_commit(n: int, d: int, limited: bool) -> None:
