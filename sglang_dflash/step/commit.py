@@ -21,6 +21,6 @@ def commit(
     source, destination, rows, positions, slots = kernels.commit_rows(
         window.slots, window.prefix_lens, walked.nodes, walked.lens, tree.tokens.shape[1]
     )
-    if not draft.options.chain:  # a chain's accepted rows are at the front already
+    if tree.max_depth > 0 and not draft.options.chain:  # a chain's accepted rows, and a root, are at the front already
         kernels.move_rows(pools, source, destination, len(walked.lens))
     draft.write_context(features[rows], positions, slots)

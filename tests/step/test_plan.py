@@ -1,0 +1,95 @@
+"""The planner between SGLang's batches and the budget: who drafts, who is new, and which interval is a step's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_dflash.budget import Shape
+from sglang_dflash.options import Options
+from sglang_dflash.step import plan
+from sglang_dflash.step.plan import Planner
+
+SHAPES = (Shape(0, 0, 1, 99), Shape(2, 2, 3, 99), Shape(7, 7, 8, 4))
+
+
+def request(number: int, **params: Any) -> Any:
+    sampling = SamplingParams(**{"temperature": 0.0, **params})
+    sampling.normalize(None)
+    return SimpleNamespace(
+        kv=SimpleNamespace(req_pool_idx=number), sampling_params=sampling, grammar=None, custom_logit_processor=None
+    )
+
+
+def batch(*reqs: Any, decoding: list[Any] | None = None) -> Any:
+    return SimpleNamespace(reqs=list(reqs), decoding_reqs=decoding)
+
+
+@pytest.fixture
+def planner() -> Planner:
+    return Planner(Options(None, SHAPES, chain=False, top_k=16), 9, on_gpu=False, metrics=None)  # type: ignore[arg-type]
+
+
+def come_to(planner: Planner, step: Any, lens: list[int]) -> None:
+    depths = np.arange(step.shape.depth + 1)
+    nodes = torch.from_numpy(np.minimum(depths, np.array(lens)[:, None] - 1).clip(0))
+    planner.learn(step, nodes, torch.tensor(lens), [10] * len(lens))
+
+
+def test_who_drafts_and_of_which_kind(planner: Planner) -> None:
+    step = planner.plan(batch(request(3), request(5, temperature=0.8), request(4, frequency_penalty=0.5)))
+    assert step.choice.requests.tolist() == [3, 5, 4]
+    assert step.choice.kinds.tolist() == [0, 1, 0]
+    assert step.choice.drafting.tolist() == [True, True, False]
+
+
+def test_what_stands_between_two_steps_is_no_steps_cost(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("sglang_dflash.metrics.time.perf_counter", lambda: now[0])
+    told: list[tuple[int, float]] = []
+    monkeypatch.setattr(planner.budget.cost, "took", lambda requests, shape, seconds: told.append((requests, seconds)))
+    one, steps = batch(request(1)), []
+    for seconds in (2.0, 3.0, 50.0, 1.0):
+        steps.append(planner.plan(one))
+        now[0] += seconds
+        if seconds == 50.0:  # a prompt came in
+            planner.prefill(batch(request(2)))
+    for step in steps:
+        step.clock.done()
+        come_to(planner, step, [1])
+    assert told == [(1, 2.0), (1, 3.0)]
+
+
+def test_a_new_request_inherits_nothing_of_its_numbers_last_owner(planner: Planner) -> None:
+    first, other = request(1), request(2)
+    for _ in range(60):
+        come_to(planner, planner.plan(batch(first)), [1])  # accepts nothing
+    gone = planner.budget.gain.expected(np.array([1]))[0, 1]
+    planner.prefill(batch(other, first, decoding=[first]))  # a mixed batch: the first runs on
+    assert planner.budget.gain.expected(np.array([1]))[0, 1] == gone
+    planner.prefill(batch(request(1)))
+    assert planner.budget.gain.expected(np.array([1]))[0, 1] > gone
+
+
+def test_a_request_that_has_ended_teaches_nothing(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[list[int]] = []
+    monkeypatch.setattr(
+        planner.budget.gain, "learn", lambda requests, kinds, shape, nodes, lens: learned.append(requests.tolist())
+    )
+    come_to(planner, planner.plan(batch(request(1), request(2))), [0, 1])
+    assert learned == [[2]]
+
+
+def test_the_log_says_what_was_chosen(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "sglang_dflash")
+    monkeypatch.setattr(plan.StepLog, "EVERY", 0.0)
+    come_to(planner, planner.plan(batch(request(1), request(2))), [3, 1])
+    assert caplog.messages[0].startswith("DFLASH: 1 steps of 2.0 requests, 0.0 ms each; 2.00 tokens a request (")
+    assert caplog.messages[0].endswith("expected); 100% of 7 nodes.")
