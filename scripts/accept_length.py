@@ -18,6 +18,7 @@ import argparse
 import heapq
 import json
 import platform
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -175,8 +176,9 @@ def by_group(
     names = names or {kind: (kind, drafter.window) for kind in kinds}
     counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(names, 0))
     tokens: dict[str, int] = defaultdict(int)
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         group = row.get("group", "")
+        print(f"{number} of {len(rows)}: {group or 'answer'}, {len(row['prompt'])} tokens before", file=sys.stderr)
         drafter.read(row["prompt"] + row["answer"])
         tokens[group] += len(row["answer"]) - 1
         for name, (kind, window) in names.items():
