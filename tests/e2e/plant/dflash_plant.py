@@ -1,5 +1,6 @@
 """An SGLang plug-in for tests: puts a draft that knows the answers, or a bug, into a server that has this folder on
-its PYTHONPATH. DFLASH_PLANT says which: the path of a file of known answers, or "prefer the draft".
+its PYTHONPATH. DFLASH_PLANT says which: the path of a file of known answers, "prefer the draft", or "a neighbour's
+settings".
 """
 
 from __future__ import annotations
@@ -19,10 +20,18 @@ K = 16
 def register() -> None:
     if os.environ["DFLASH_PLANT"] == "prefer the draft":
         HookRegistry.register("sglang_dflash.worker.walk", walk_preferring_the_draft, HookType.AROUND)
+    elif os.environ["DFLASH_PLANT"] == "a neighbour's settings":
+        HookRegistry.register("sglang_dflash.step.sampling.settings_of", settings_of_the_next, HookType.AROUND)
     else:
         HookRegistry.register(
             "sglang_dflash.step.draft_pass.DraftRunner.draft", draft_from_answers, HookType.REPLACE
         )
+
+
+def settings_of_the_next(settings_of: Any, info: Any, requests: Any) -> Any:
+    """The planted bug: each request is sampled under the settings of another of its batch."""
+    rolled = [x.roll(1, 0) for x in settings_of(info, slice(None))]
+    return tuple(x[requests] for x in rolled)
 
 
 def walk_preferring_the_draft(walk: Any, tree: Any, sampled: torch.Tensor, limit: Any) -> Any:
