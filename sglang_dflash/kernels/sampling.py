@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 ALL = 1 << 32
-ROWS = 4  # sampled together: what a core's cache holds
+ROWS = 4  # sampled together
+BLOCK = 16_384  # tokens at once: few enough that torch wakes no other thread and a core's own cache holds them
 ONE, TWO, ADD, LAST = 0xCC9E2D51, 0x1B873593, 0xE6546B64, (0x85EBCA6B, 0xC2B2AE35)
 HASHED_BYTES = 16
 
@@ -85,21 +86,19 @@ def _best_kept(scaled: Tensor, score: Tensor, top_k: Tensor, top_p: Tensor, min_
 
 def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """Gumbel noise float32 [rows, vocab] of each row's seed and position, both int64 [rows]."""
-    bits = _hash(seeds, positions, vocab)
-    # 1 - u is exact in 32 bits, where u itself would lose the rare high values to rounding.
-    rest = bits.bitwise_not_().float()
-    rest += (rest < 0) * float(ALL)
-    rest *= 1 / (ALL - 1)
-    rest.clamp_(min=1 / ALL, max=1 - 2**-24)
-    return rest.neg_().log1p_().neg_().log_().neg_()
+    out = torch.empty(len(seeds), vocab, device=seeds.device)
+    tokens = _scrambled_tokens(vocab, seeds.device)
+    for row, seed, position in zip(out, seeds.tolist(), positions.tolist(), strict=True):
+        state = 0
+        for word in (seed % ALL, (seed >> 32) % ALL, position % ALL):
+            state = _stirred(state ^ _scrambled(word))
+        for noise, some in zip(row.split(BLOCK), tokens.split(BLOCK), strict=True):
+            _fill(noise, some ^ _signed(state))
+    return out
 
 
-def _hash(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
-    """int32 [rows, vocab], the bits of an unsigned one. Products wrap around."""
-    state = torch.zeros_like(seeds)
-    for word in (seeds, seeds >> 32, positions):
-        state = _wrapped((state ^ _scrambled(word % ALL)), 13)
-    h = _int32(state)[:, None] ^ _scrambled_tokens(vocab, seeds.device)
+def _fill(noise: Tensor, h: Tensor) -> None:
+    """Noise of a block of tokens; h, overwritten: their hashes before the last stirring, an unsigned word's bits."""
     low = h >> 19
     low &= (1 << 13) - 1
     h <<= 13
@@ -111,39 +110,40 @@ def _hash(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     h *= _signed(LAST[0])
     _fold(h, 13)
     h *= _signed(LAST[1])
-    return _fold(h, 16)
+    _fold(h, 16)
+    # 1 - u is exact in 32 bits, where u itself would lose the rare high values to rounding.
+    noise.copy_(h.bitwise_not_())
+    noise += (h < 0) * float(ALL)
+    noise *= 1 / (ALL - 1)
+    noise.clamp_(min=1 / ALL, max=1 - 2**-24)
+    noise.neg_().log1p_().neg_().log_().neg_()
 
 
-def _fold(h: Tensor, by: int) -> Tensor:
+def _fold(h: Tensor, by: int) -> None:
     """h ^ h >> by of unsigned words, in place."""
     high = h >> by
     high &= (1 << 32 - by) - 1
     h ^= high
-    return h
 
 
 @functools.lru_cache(maxsize=4)
 def _scrambled_tokens(vocab: int, device: torch.device) -> Tensor:
-    return _int32(_scrambled(torch.arange(vocab, device=device)))
+    words = [_signed(_scrambled(token)) for token in range(vocab)]
+    return torch.tensor(words, dtype=torch.int32, device=device)
 
 
-def _scrambled(word: Tensor) -> Tensor:
-    """int64 in [0, 2 ** 32), as what it is given."""
+def _scrambled(word: int) -> int:
     return _rotated(word * ONE % ALL, 15) * TWO % ALL
 
 
-def _wrapped(state: Tensor, by: int) -> Tensor:
-    return (_rotated(state, by) * 5 + ADD) % ALL
+def _stirred(state: int) -> int:
+    return (_rotated(state, 13) * 5 + ADD) % ALL
 
 
-def _rotated(word: Tensor, by: int) -> Tensor:
+def _rotated(word: int, by: int) -> int:
     return (word << by | word >> 32 - by) % ALL
 
 
-def _int32(word: Tensor) -> Tensor:
-    """The same 32 bits, signed."""
-    return torch.where(word >= ALL // 2, word - ALL, word).to(torch.int32)
-
-
 def _signed(word: int) -> int:
+    """The same 32 bits, as a signed word."""
     return word - ALL if word >= ALL // 2 else word

@@ -99,16 +99,15 @@ def _sample_along(logits: Tensor, info: Any, positions: Tensor, tree: DraftTree)
 
 def _sample(logits: Tensor, positions: Tensor, info: Any, requests: slice | Tensor) -> Tensor:
     """A token of each row, of the requests named: equally many rows of each, neighbours."""
-    return kernels.sample(
-        logits,
-        positions,
-        info.sampling_seed[requests],
-        info.temperatures[requests, 0].contiguous(),
-        info.top_ks[requests],
-        info.top_ps[requests],
-        info.min_ps[requests],
-        info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling,
-    )
+    filtered = info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling
+    return kernels.sample(logits, positions, *settings_of(info, requests), filtered)
+
+
+def settings_of(info: Any, requests: slice | Tensor) -> tuple[Tensor, ...]:
+    """Seeds, temperatures, top-k, top-p and min-p of the requests named, in the order of `kernels.sample`."""
+    temperatures = info.temperatures[:, 0]
+    by_request = (info.sampling_seed, temperatures, info.top_ks, info.top_ps, info.min_ps)
+    return tuple(x[requests] for x in by_request)
 
 
 def sample_from_probs(

@@ -10,6 +10,7 @@ from scipy.stats import chisquare, kstest
 from torch import Tensor
 
 from sglang_dflash import kernels
+from sglang_dflash.kernels import sampling
 from sglang_dflash.kernels.sampling import gumbel
 
 ALL, FREE = 2**32, 1 << 30  # SGLang's top-k for none
@@ -102,7 +103,7 @@ FILTERS = {
 @pytest.mark.parametrize("vocab", [37, 9001])
 def test_each_request_is_sampled_by_its_own_settings(vocab: int, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
-    w = 3
+    w = 2
     logits = (torch.randn(w * len(FILTERS), vocab + 3) * 3).to(dtype)[:, :vocab]  # rows of no whole vectors
     settings = [(100 + i, 0.5 + 0.2 * i, *kept) for i, kept in enumerate(FILTERS.values())]
     positions = [7 * i % 11 for i in range(len(logits))]
@@ -138,10 +139,33 @@ def test_samples_have_the_distribution_asked_for_and_neighbours_none_in_common(n
         counts = torch.bincount(samples, minlength=8)
         assert counts[~kept].sum() == 0
         assert chisquare(counts[kept], (probs * rows)[kept]).pvalue > 0.001
-    joint = (probs[:, None] * probs)[kept][:, kept].flatten()
     for before, after in ((one, two), (one[:-1], one[1:])):  # neighbouring requests, neighbouring positions
-        counts = torch.bincount(before * 8 + after, minlength=64).view(8, 8)[kept][:, kept].flatten()
-        assert chisquare(counts, joint * counts.sum()).pvalue > 0.001
+        assert independent(before, after, probs) > 0.001
+
+
+def independent(before: Tensor, after: Tensor, probs: Tensor) -> float:
+    """The p-value of two series of samples having nothing to do with each other."""
+    kept = probs > 0
+    joint = (probs[:, None] * probs)[kept][:, kept].flatten()
+    counts = torch.bincount(before * 8 + after, minlength=64).view(8, 8)[kept][:, kept].flatten()
+    return float(chisquare(counts, joint * counts.sum()).pvalue)
+
+
+def test_noise_reused_at_two_positions_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.linspace(-1.5, 2.0, 8)
+    monkeypatch.setattr(sampling, "gumbel", lambda seeds, at, vocab: gumbel(seeds, at // 2 * 2, vocab))
+    drawn = torch.tensor(draw(logits.repeat(4000, 1), [*range(4000)], (1, 1.0, *FILTERS["none"])))
+    assert independent(drawn[:-1], drawn[1:], logits.double().softmax(-1)) < 1e-6
+
+
+def test_noise_by_rank_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    logits, settings = torch.randn(8, 40) * 3, [(i, 3.0, *FILTERS["top-k"]) for i in range(8)]
+    want = [reference(row, i, 3, 3.0, *FILTERS["top-k"]) for i, row in enumerate(logits)]
+    assert draw(logits, [3] * 8, *settings) == want
+    ranked, order = logits.sort(-1, descending=True)
+    by_rank = order.gather(1, torch.tensor(draw(ranked, [3] * 8, *settings))[:, None])[:, 0]
+    assert by_rank.tolist() != want
 
 
 def test_the_noise_is_gumbel_s() -> None:

@@ -1,5 +1,6 @@
 """An SGLang plug-in for tests: puts a draft that knows the answers, or a bug, into a server that has this folder on
-its PYTHONPATH. DFLASH_PLANT says which: the path of a file of known answers, "prefer the draft", or "any shape".
+its PYTHONPATH. DFLASH_PLANT says which: the path of a file of known answers, "prefer the draft", "a neighbour's
+settings", or "any shape".
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ def register() -> None:
         HookRegistry.register("sglang_dflash.worker.walk", walk_preferring_the_draft, HookType.AROUND)
     elif os.environ["DFLASH_PLANT"] == "any shape":
         HookRegistry.register("sglang_dflash.budget.choice.Budget.choose", choose_any_shape, HookType.AROUND)
+    elif os.environ["DFLASH_PLANT"] == "a neighbour's settings":
+        HookRegistry.register("sglang_dflash.step.sampling.settings_of", settings_of_the_next, HookType.AROUND)
     else:
         HookRegistry.register(
             "sglang_dflash.step.draft_pass.DraftRunner.draft", draft_from_answers, HookType.REPLACE
@@ -32,6 +35,12 @@ def register() -> None:
 def choose_any_shape(choose: Any, budget: Any, *batch: Any) -> Any:
     """Whatever pays: shapes from step to step as chance will have them, nothing at all among them."""
     return dataclasses.replace(choose(budget, *batch), shape=random.randrange(len(budget.shapes)))
+
+
+def settings_of_the_next(settings_of: Any, info: Any, requests: Any) -> Any:
+    """The planted bug: each request is sampled under the settings of another of its batch."""
+    rolled = [x.roll(1, 0) for x in settings_of(info, slice(None))]
+    return tuple(x[requests] for x in rolled)
 
 
 def walk_preferring_the_draft(walk: Any, tree: Any, sampled: torch.Tensor, limit: Any) -> Any:
