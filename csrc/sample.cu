@@ -125,8 +125,8 @@ __global__ void sample_part_kernel(const T* logits, int64_t stride, int vocab, S
 }
 
 template <typename T>
-__global__ void filter_kernel(const T* logits, int64_t stride, int vocab, Settings settings, const Sum* sums, int parts,
-                            int64_t* out) {
+__global__ void __launch_bounds__(kFilterThreads)
+    filter_kernel(const T* logits, int64_t stride, int vocab, Settings settings, const Sum* sums, int parts, int64_t* out) {
   constexpr int kWarps = kFilterThreads / kWarp;
   __shared__ Best bests[kWarps];
   __shared__ float masses[kWarps];

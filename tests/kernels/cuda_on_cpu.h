@@ -14,7 +14,9 @@
 #define DFLASH_ON_CPU
 #undef __global__
 #undef __shared__
+#undef __launch_bounds__
 #define __global__
+#define __launch_bounds__(...)
 #define __shared__ static
 #define DFLASH_DYNAMIC_SHARED(name) unsigned char* name = on_cpu::dynamic_shared.data()
 
