@@ -61,15 +61,36 @@ def _settle_arguments(original: Callable[[Any], None], server_args: Any) -> None
     from sglang_dflash import arguments
 
     arguments.settle_arguments(original, server_args)
-    _tell_accept_rates_by_path("sglang.srt.managers.tokenizer_manager.TokenizerManager._calculate_spec_decoding_metrics")
+    _tell_accept_rates_by_path()
 
 
 @functools.cache  # a hook is registered once
-def _tell_accept_rates_by_path(report: str) -> None:
+def _tell_accept_rates_by_path() -> None:
     from sglang_dflash import metrics
 
+    managers = "sglang.srt.managers"
+    report = f"{managers}.tokenizer_manager.TokenizerManager._calculate_spec_decoding_metrics"
     HookRegistry.register(report, metrics.by_path, HookType.AROUND)
+    write = f"{managers}.multi_tokenizer_mixin.write_data_for_multi_tokenizer"
+    HookRegistry.register(write, _tell_tokenizer_workers, HookType.BEFORE)
     HookRegistry.apply_hooks()
+
+
+def _tell_tokenizer_workers(port_args: Any, server_args: Any, scheduler_info: dict[str, Any]) -> Any:
+    """Processes of --tokenizer-worker-num load no plug-ins; all that reaches them is what they unpickle."""
+    return (port_args, server_args, _Informed(scheduler_info)), {}
+
+
+class _Informed(dict[str, Any]):
+    """A dict that is a plain one where it is unpickled, and accept rates are told by path there."""
+
+    def __reduce__(self) -> Any:
+        return _inform, (dict(self),)
+
+
+def _inform(scheduler_info: dict[str, Any]) -> dict[str, Any]:
+    _tell_accept_rates_by_path()
+    return scheduler_info
 
 
 def _create_worker(original: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
