@@ -39,7 +39,7 @@ Body = dict[str, Any]
 
 SERVER = (
     "--enable-metrics --max-total-tokens 8192 --page-size 16 --schedule-conservativeness 0.3 "
-    "--enable-streaming-session --log-level info"
+    "--enable-streaming-session --enable-priority-scheduling --log-level info"
 )
 ENV = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}  # it dies of a slot that is lost
 SHORT, LONG, SHARED, SESSIONS = 20, 4, 4, 6  # distinct prompts
