@@ -301,8 +301,10 @@ def _check_draft(server_args: Any, draft: DraftConfig) -> None:
         hidden_size=target.hidden_size, vocab_size=target.vocab_size, num_layers=target.num_layers
     )
     checkpoint = _draft_checkpoint(server_args)
+    overrides = server_args.json_model_override_args
+    changed = "" if overrides == "{}" else f", changed by --json-model-override-args {overrides}"
     if shapes := checkpoint.tensor_shapes():
-        check_tensors(shapes, draft, source=checkpoint.path)
+        check_tensors(shapes, draft, source=checkpoint.path + changed)
 
 
 def reason_to_hand_over(server_args: Any) -> str:
@@ -390,13 +392,17 @@ def _draft_checkpoint(server_args: Any) -> Checkpoint:
 
 
 def _draft_config(server_args: Any) -> DraftConfig:
-    checkpoint = _draft_checkpoint(server_args)
+    """The draft's config as its network will be given it: SGLang's overrides are the target's and the draft's."""
+    checkpoint, overrides = _draft_checkpoint(server_args), json.loads(server_args.json_model_override_args)
     folder = checkpoint.folder()
-    if folder is not None:
+    if folder is not None and not overrides:
         return DraftConfig.load(folder)
     from sglang.srt.utils.hf_transformers_utils import get_config
 
-    found = get_config(checkpoint.path, server_args.trust_remote_code, revision=checkpoint.revision)
+    found = get_config(
+        str(folder or checkpoint.path), server_args.trust_remote_code, revision=checkpoint.revision,
+        model_override_args=overrides,
+    )  # fmt: skip
     return DraftConfig.from_dict(found.to_dict())
 
 

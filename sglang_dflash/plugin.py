@@ -61,18 +61,39 @@ def _settle_arguments(original: Callable[[Any], None], server_args: Any) -> None
     from sglang_dflash import arguments
 
     arguments.settle_arguments(original, server_args)
-    _take_over_requests("sglang.srt.managers.tokenizer_manager.TokenizerManager")
+    _take_over_requests()
 
 
 @functools.cache  # a hook is registered once
-def _take_over_requests(manager: str) -> None:
+def _take_over_requests() -> None:
     """Accept rates told by path, and samples of one request with seeds of their own."""
     from sglang_dflash import metrics
     from sglang_dflash.step import seeds
 
+    managers = "sglang.srt.managers"
+    manager = f"{managers}.tokenizer_manager.TokenizerManager"
     HookRegistry.register(f"{manager}._calculate_spec_decoding_metrics", metrics.by_path, HookType.AROUND)
     HookRegistry.register(f"{manager}._send_one_request", seeds.seed_each_sample, HookType.AROUND)
+    write = f"{managers}.multi_tokenizer_mixin.write_data_for_multi_tokenizer"
+    HookRegistry.register(write, _tell_tokenizer_workers, HookType.BEFORE)
     HookRegistry.apply_hooks()
+
+
+def _tell_tokenizer_workers(port_args: Any, server_args: Any, scheduler_info: dict[str, Any]) -> Any:
+    """Processes of --tokenizer-worker-num load no plug-ins; all that reaches them is what they unpickle."""
+    return (port_args, server_args, _Informed(scheduler_info)), {}
+
+
+class _Informed(dict[str, Any]):
+    """A dict that is a plain one where it is unpickled, and where what becomes of requests is ours as well."""
+
+    def __reduce__(self) -> Any:
+        return _inform, (dict(self),)
+
+
+def _inform(scheduler_info: dict[str, Any]) -> dict[str, Any]:
+    _take_over_requests()
+    return scheduler_info
 
 
 def _create_worker(original: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:

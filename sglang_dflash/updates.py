@@ -7,6 +7,7 @@ follows them, in place, as captured graphs read it.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 
 from sglang_dflash.draft.checkpoint import Shape, check_tensors, tensor_shapes_on_disk, unknown_names
 from sglang_dflash.draft.config import DraftConfig
+
+logger = logging.getLogger(__name__)
 
 DISK_FORMATS = ("auto", "safetensors")
 
@@ -128,13 +131,23 @@ class TargetUpdater(CheckedUpdater):
         try:
             if self.tensors:
                 self._check_directory(Path(model_path), load_format)
-        except ValueError as error:
+        except (OSError, ValueError) as error:  # OSError: a path that the system does not take
             return False, _refusal(error)
-        answer: Answer = super().update_weights_from_disk(
-            model_path, load_format, weight_name_filter, recapture_cuda_graph
-        )
+        before = self.model_config.model_path
+        try:
+            answer: Answer = super().update_weights_from_disk(
+                model_path, load_format, weight_name_filter, recapture_cuda_graph
+            )
+        except Exception as error:  # as SGLang catches a load that fails; its way back reads the same files again
+            logger.exception("An update from %s failed while weights were read.", model_path)
+            answer = False, (
+                f"The update failed while weights were read ({error}), and those in memory may be of both checkpoints: "
+                "update again, from whole files, before you go on."
+            )
         if answer[0]:
             self.follow()
+        else:
+            self.model_config.model_path = before
         return answer
 
     def _check_directory(self, folder: Path, load_format: str) -> None:
@@ -175,5 +188,5 @@ def shapes_of(named_tensors: Any) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in named_tensors}
 
 
-def _refusal(error: ValueError) -> str:
+def _refusal(error: OSError | ValueError) -> str:
     return f"The update is refused, and the old weights are served on: {str(error).rstrip('.')}."

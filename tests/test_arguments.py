@@ -16,11 +16,13 @@ from sglang.srt.arg_groups import speculative_hook
 from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.arg_groups.serving_hook import handle_missing_default_values
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
 from sglang_dflash import embedded
-from sglang_dflash.arguments import options_of, reason_to_hand_over, settle_arguments
+from sglang_dflash.arguments import _draft_config, options_of, reason_to_hand_over, settle_arguments
+from sglang_dflash.draft.config import DraftConfig
 
 MakeDraft = Callable[..., str]
 
@@ -85,6 +87,31 @@ def resolve(**arguments: Any) -> ServerArgs:
 def test_bad_drafts_are_named(make_draft: MakeDraft, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(speculative_draft_model_path=make_draft(**change))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8192}},
+        {"block_size": 9},
+        {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+        {"hidden_act": "gelu"},
+    ],
+)
+def test_the_draft_is_read_as_its_network_is_given_it(make_draft: MakeDraft, overrides: dict[str, Any]) -> None:
+    """--json-model-override-args changes the draft's config too, where SGLang makes its network."""
+    args = ServerArgs(
+        model_path=str(embedded.target_path()), speculative_algorithm="DFLASH",
+        speculative_draft_model_path=make_draft(), json_model_override_args=json.dumps(overrides),
+    )  # fmt: skip
+    given = ModelConfig.from_server_args(args, model_path=args.speculative_draft_model_path, is_draft_model=True)
+    assert _draft_config(args) == DraftConfig.from_dict(given.hf_config.to_dict())
+
+
+def test_overrides_that_leave_the_draft_without_its_weights_are_named(make_draft: MakeDraft) -> None:
+    with pytest.raises(ValueError, match=r"changed by --json-model-override-args .*num_attention_heads.*: tensor "):
+        resolve(speculative_draft_model_path=make_draft(), json_model_override_args='{"num_attention_heads": 3}')
 
 
 @pytest.mark.parametrize(

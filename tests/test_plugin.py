@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.managers import multi_tokenizer_mixin
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 import sglang_dflash
@@ -42,8 +44,26 @@ print(*sorted(set(sys.modules) - had))
 """
 
 
-def run(script: str) -> str:
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
+TOKENIZER_WORKER = """
+import pickle, sys
+from types import SimpleNamespace
+from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
+from sglang.srt.runtime_context import get_context
+_, _, info = pickle.loads(bytes.fromhex(sys.argv[1]))  # as SGLang begins in such a process, from shared memory
+told = SimpleNamespace(
+    spec_verify_ct=[10], spec_num_correct_drafts=[30], completion_tokens=[40], spec_correct_drafts_histogram=[]
+)
+meta = {}
+with get_context().override_server_args(
+    speculative_algorithm="DFLASH", speculative_num_draft_tokens=32, speculative_dflash_block_size=7
+):
+    TokenizerWorker._calculate_spec_decoding_metrics(None, meta, told, 0)
+print(type(info).__name__, info["max_req_input_len"], meta["spec_num_proposed_drafts"])
+"""
+
+
+def run(script: str, *args: str) -> str:
+    ran = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=300, check=True)
     return ran.stdout.splitlines()[-1]
 
 
@@ -84,6 +104,14 @@ def test_another_sglang_is_left_alone(
 def test_this_sglang_is_hooked(registry: list[str]) -> None:
     plugin.register()
     assert {target.rpartition(".")[2] for target in registry} >= {"resolve_once", "_handle_dflash", "create_worker"}
+
+
+def test_accept_rates_of_tokenizer_workers_are_over_the_positions_of_a_path_too(registry: list[str]) -> None:
+    """They are processes without plug-ins (--tokenizer-worker-num), and read what the first one has written."""
+    plugin._take_over_requests.__wrapped__()
+    assert f"{multi_tokenizer_mixin.__name__}.write_data_for_multi_tokenizer" in registry
+    given, _ = plugin._tell_tokenizer_workers("ports", "arguments", {"max_req_input_len": 500})
+    assert run(TOKENIZER_WORKER, pickle.dumps(given).hex()) == "dict 500 60"  # ten steps of six positions
 
 
 @pytest.mark.parametrize("algorithm", ["EAGLE", "NGRAM", "STANDALONE"])

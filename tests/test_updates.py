@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
 from sglang_dflash import updates
-from sglang_dflash.draft.checkpoint import expected_shapes
+from sglang_dflash.draft.checkpoint import INDEX, expected_shapes
 from sglang_dflash.draft.config import DraftConfig
 from sglang_dflash.updates import DraftUpdater, TargetUpdater, select_runners
 
@@ -58,8 +61,9 @@ def updater(target: Target, followed: list[str], monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(WeightUpdater, method, taker(method))
     monkeypatch.setattr(WeightUpdater, "end_weight_update", lambda self, run_post_load: None)
     plain = WeightUpdater(
-        tp_rank=0, device="cpu", gpu_id=0, model_config=None, custom_weight_loaders={"mine": "mine"},
-        get_model=lambda: target, update_model_fields=print, recapture_cuda_graph=print, get_model_runner=print,
+        tp_rank=0, device="cpu", gpu_id=0, model_config=SimpleNamespace(model_path="first"),
+        custom_weight_loaders={"mine": "mine"}, get_model=lambda: target,
+        update_model_fields=print, recapture_cuda_graph=print, get_model_runner=print,
     )  # fmt: skip
     return TargetUpdater.around(plain, follow=lambda: followed.append("now"), tensors=NAMES, tied=True)
 
@@ -160,6 +164,69 @@ def test_a_missing_directory_is_refused(updater: TargetUpdater, tmp_path: Path) 
     taken, message = updater.update_weights_from_disk(str(tmp_path / "none"), "auto")
     assert not taken
     assert "no directory" in message
+
+
+def truncated(file: Path) -> None:
+    save_file(whole(), file)
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def index(text: str) -> Callable[[Path], None]:
+    """What writes it where an index is looked for."""
+
+    def write(file: Path) -> None:
+        file.with_name(INDEX).write_text(text)
+
+    return write
+
+
+BROKEN: dict[str, Callable[[Path], object]] = {
+    "directory": Path.mkdir,
+    "dangling link": lambda file: file.symlink_to("nowhere"),
+    "link to itself": lambda file: file.symlink_to(file),
+    "truncated": truncated,
+    "empty": Path.touch,
+    "web page": lambda file: file.write_text("<html>not found</html>"),
+    "index cut": index('{"weight_map": {"a.wei'),
+    "index nested": index("[" * 100_000),
+    "index a list": index('{"weight_map": ["a.weight"]}'),
+    "index of numbers": index('{"weight_map": {"a.weight": 1}}'),
+    "index of lists": index('{"weight_map": {"a.weight": ["model.safetensors"]}}'),
+    "index of a file that is not there": index('{"weight_map": {"a.weight": "model.safetensors"}}'),
+    "index of a name that no system takes": index(json.dumps({"weight_map": {"a.weight": "x" * 300}})),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_files_that_cannot_be_read_are_refused(updater: TargetUpdater, tmp_path: Path, broken: str) -> None:
+    BROKEN[broken](tmp_path / "model.safetensors")
+    taken, message = updater.update_weights_from_disk(str(tmp_path), "auto")
+    assert not taken
+    assert message.startswith("The update is refused") and str(tmp_path) in message
+    assert updater.model_config.model_path == "first"
+
+
+def test_a_path_that_no_system_takes_is_refused(updater: TargetUpdater) -> None:
+    taken, message = updater.update_weights_from_disk("x" * 5000, "auto")
+    assert not taken
+    assert "File name too long" in message
+
+
+def test_a_load_that_fails_is_told_and_ends_nothing(
+    updater: TargetUpdater, followed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's way back to the old weights reads the new files again, and raises again."""
+
+    def load(self: WeightUpdater, path: str, *_: object) -> tuple[bool, str]:
+        self.model_config.model_path = path
+        raise SafetensorError("I/O error")
+
+    monkeypatch.setattr(WeightUpdater, "update_weights_from_disk", load)
+    save_file(whole(), tmp_path / "model.safetensors")
+    taken, message = updater.update_weights_from_disk(str(tmp_path), "auto")
+    assert not taken
+    assert "I/O error" in message and "update again" in message
+    assert not followed and updater.model_config.model_path == "first"
 
 
 def test_a_draft_takes_its_own_tensors_and_all_of_them(updater: TargetUpdater) -> None:

@@ -133,17 +133,22 @@ def tensor_shapes_on_disk(path: str | Path) -> dict[str, Shape]:
 def files_of_index(index: Path) -> dict[str, str]:
     """Every tensor's file, as a safetensors index names them. Raises ValueError where it is none."""
     try:
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is not a safetensors index ({error!r}): download it again.") from error
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{index} is not a safetensors index (its weight_map names no files): download it again.")
+    return files
 
 
 def _header(file: Path) -> dict[str, Shape]:
-    if not file.is_file():
-        raise ValueError(f"Checkpoint file {file} is missing: download it.")
     try:
+        if not file.is_file():
+            raise ValueError(f"Checkpoint file {file} is missing: download it.")
         with safe_open(file, framework="np") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error}): make it readable, or download it.") from error
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or truncated ({error}): download it again.") from error
 

@@ -17,4 +17,8 @@ def refusal(original: Callable[[Any, bool], str | None], req: Any, enable_overla
                 f"{asked} is {value!r}, which DFLASH cannot give of the tokens it drafts: leave it out, or ask a "
                 "server without --speculative-algorithm"
             )
+    seed = req.sampling_params.sampling_seed
+    if seed is not None and not (type(seed) is int and -(2**63) <= seed < 2**63):
+        req.sampling_params.sampling_seed = None  # SGLang batches it all the same, to answer it
+        return f"the seed is {seed!r}: give a whole number from -2**63 to 2**63 - 1, or none"
     return original(req, enable_overlap)

@@ -44,6 +44,14 @@ def test_plan_is_the_same_for_a_seed_and_holds_every_kind(soak: Any) -> None:
     assert {ask.kind for ask in planned(soak, 3, able=False)} == set(soak.KINDS) - {"priority", "session"}
 
 
+def test_what_is_compared_is_greedy_and_without_penalties(soak: Any) -> None:
+    """SGLang counts a penalty's tokens by load: overlap sees them late, and a retraction forgets them."""
+    for ask in planned(soak, 3):
+        params = ask.body.get("sampling_params", {})
+        assert not (ask.truth and any("penalty" in name for name in params))
+    assert any("penalty" in name for ask in planned(soak, 3) for name in ask.body.get("sampling_params", {}))
+
+
 @pytest.mark.parametrize(
     ("ids", "verdict"),
     [([1, 2, 3, 4], "ok"), ([1, 9, 3, 4], "wrong"), ([1, 2, 9, 9], "tie"), ([1, 2, 3], "wrong"), ([], "wrong")],
