@@ -518,10 +518,16 @@ async def soak(
 
 
 async def interfere(client: Client, tally: Tally, seed: int) -> None:
-    """Pause the server and flush its cache now and then. Not the cache behind an open session: its turns live there."""
-    rng = random.Random(seed + 1)
+    """Pause the server and flush its cache now and then. Not the cache behind an open session: its turns live there.
+
+    Every few answers, however fast the machine: a retraction undoes work, and a slow server paused by the clock would
+    not get on.
+    """
+    rng, due = random.Random(seed + 1), 0
     while True:
-        await asyncio.sleep(rng.uniform(1, 8))
+        due += rng.randint(2, 16)
+        while sum(tally.verdicts.values()) < due:
+            await asyncio.sleep(0.1)
         if rng.random() < 0.5:
             mode = rng.choice(["in_place", "retract"])
             await command(client, tally, "/pause_generation", {"mode": mode})
