@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from sglang_dflash.cli.load import chat_ids
 SAMPLES, FEW_SAMPLES, LENGTH = 1600, 1000, 4
 OF_A_BUG = 480  # samples that show it
 AT_ONCE = 40  # samples of one request
+BESIDE = 24  # of either neighbour: both run at once, where 48 requests may
 COLD = 0.6  # the temperature of a neighbour
 QUESTION = "Tom has 3 boxes with 12 pencils each. How many pencils does he have?"
 
@@ -58,25 +60,61 @@ def exact(model: Any, prompt: list[int]) -> Paths:
     return expected_paths(model, prompt, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("args", "buggy", "samples"),
-    [(TREE, False, SAMPLES), (CHAIN, False, FEW_SAMPLES), (TREE, True, OF_A_BUG)],
-    ids=["tree", "chain", "planted bug"],
-)
-def test_first_tokens_are_distributed_as_the_target_says(
-    args: str, buggy: bool, samples: int, serve: Serve, prompt: list[int], exact: Paths
-) -> None:
-    assert len(exact) >= 16
-    assert sum(exact.values()) > 0.5
-    env = planted("prefer the draft") if buggy else None
+@pytest.fixture(scope="module")
+def tree(serve: Serve) -> Iterator[str]:
+    with serve("--speculative-algorithm", "DFLASH", *TREE.split()) as url:
+        yield url
+
+
+def samples_of(url: str, prompt: list[int], samples: int) -> list[Body]:
     params = {"temperature": 1.0, "max_new_tokens": LENGTH, "ignore_eos": True, "n": AT_ONCE}
     body = {"input_ids": prompt, "sampling_params": params}
-    with serve("--speculative-algorithm", "DFLASH", *args.split(), env=env) as url:
-        answers = [answer for many in generate(url, [body] * (samples // AT_ONCE), 2) for answer in many]
+    answers = [answer for many in generate(url, [body] * (samples // AT_ONCE), 2) for answer in many]
     assert len(answers) == samples
     assert accept_length(answers) > 1.15  # drafts were accepted, so they had their chance to be wrong
-    p = p_value(answers, exact)
-    assert p < 1e-6 if buggy else p > 0.001, f"p = {p:.2g}"
+    return answers
+
+
+def test_first_tokens_are_distributed_as_the_target_says(tree: str, prompt: list[int], exact: Paths) -> None:
+    assert len(exact) >= 16
+    assert sum(exact.values()) > 0.5
+    assert (p := p_value(samples_of(tree, prompt, SAMPLES), exact)) > 0.001, f"p = {p:.2g}"
+
+
+def test_neighbours_of_two_temperatures_are_each_distributed_as_the_target_says(
+    tree: str, prompt: list[int], model: Any, exact: Paths
+) -> None:
+    warm, cold = p_values_of_neighbours(tree, prompt, FEW_SAMPLES, exact, expected_paths(model, prompt, COLD))
+    assert min(warm, cold) > 0.001, f"p = {warm:.2g}, {cold:.2g}"
+
+
+@pytest.mark.parametrize("bug", ["prefer the draft", "a neighbour's settings"])
+def test_a_planted_bug_is_seen(bug: str, serve: Serve, prompt: list[int], model: Any, exact: Paths) -> None:
+    with serve("--speculative-algorithm", "DFLASH", *TREE.split(), env=planted(bug)) as url:
+        if bug == "prefer the draft":
+            assert p_value(samples_of(url, prompt, OF_A_BUG), exact) < 1e-6
+        else:
+            cold = expected_paths(model, prompt, COLD)
+            assert max(p_values_of_neighbours(url, prompt, OF_A_BUG, exact, cold)) < 1e-6
+
+
+def test_first_tokens_of_a_chain_are_distributed_as_the_target_says(
+    serve: Serve, prompt: list[int], exact: Paths
+) -> None:
+    with serve("--speculative-algorithm", "DFLASH", *CHAIN.split()) as url:
+        assert (p := p_value(samples_of(url, prompt, FEW_SAMPLES), exact)) > 0.001, f"p = {p:.2g}"
+
+
+def p_values_of_neighbours(
+    url: str, prompt: list[int], samples: int, warm: Paths, cold: Paths
+) -> tuple[float, float]:
+    """Of samples at temperature 1 and of those at COLD that ran beside them."""
+    params = {"max_new_tokens": LENGTH, "ignore_eos": True, "n": BESIDE}
+    settings = [{"temperature": 1.0, **params}, {"temperature": COLD, "top_k": 1 << 20, **params}]
+    bodies = [{"input_ids": prompt, "sampling_params": setting} for setting in settings]
+    many = generate(url, bodies * (samples // BESIDE), 2)  # one of either temperature at a time
+    halves = [[answer for answers in many[first::2] for answer in answers] for first in (0, 1)]
+    return p_value(halves[0], warm), p_value(halves[1], cold)
 
 
 def p_value(answers: list[Body], exact: Paths) -> float:
@@ -88,23 +126,6 @@ def p_value(answers: list[Body], exact: Paths) -> float:
     observed = [*counts.values(), len(answers) - sum(counts.values())]
     expected = [len(answers) * p for p in exact.values()]
     return float(chisquare(observed, [*expected, len(answers) - sum(expected)]).pvalue)
-
-
-@pytest.mark.parametrize("buggy", [False, True], ids=["as served", "planted bug"])
-def test_neighbours_of_two_temperatures_are_each_distributed_as_the_target_says(
-    buggy: bool, serve: Serve, prompt: list[int], model: Any, exact: Paths
-) -> None:
-    cold = expected_paths(model, prompt, COLD)
-    params = {"max_new_tokens": LENGTH, "ignore_eos": True, "n": AT_ONCE}
-    samples = OF_A_BUG if buggy else FEW_SAMPLES
-    settings = [{"temperature": 1.0, **params}, {"temperature": COLD, "top_k": 1 << 20, **params}]
-    bodies = [{"input_ids": prompt, "sampling_params": setting} for setting in settings]
-    env = planted("a neighbour's settings") if buggy else None
-    with serve("--speculative-algorithm", "DFLASH", *TREE.split(), env=env) as url:
-        many = generate(url, bodies * (samples // AT_ONCE), 2)  # one of either temperature at a time
-    for half, paths in ((many[::2], exact), (many[1::2], cold)):
-        p = p_value([answer for answers in half for answer in answers], paths)
-        assert p < 1e-6 if buggy else p > 0.001, f"p = {p:.2g}"
 
 
 def _chunks(items: list, size: int) -> list[list]:

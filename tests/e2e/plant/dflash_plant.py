@@ -38,9 +38,8 @@ def choose_any_shape(choose: Any, budget: Any, *batch: Any) -> Any:
 
 
 def settings_of_the_next(settings_of: Any, info: Any, requests: Any) -> Any:
-    """The planted bug: each request is sampled under the settings of another of its batch."""
-    rolled = [x.roll(1, 0) for x in settings_of(info, slice(None))]
-    return tuple(x[requests] for x in rolled)
+    """The planted bug: the batch's requests are sampled under each other's settings, the first under the last one's."""
+    return tuple(x.flip(0)[requests] for x in settings_of(info, slice(None)))
 
 
 def walk_preferring_the_draft(walk: Any, tree: Any, sampled: torch.Tensor, limit: Any) -> Any:
