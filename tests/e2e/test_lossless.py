@@ -55,7 +55,8 @@ CASES = {
         1, short=12, long=2, kind=(None, 7),
     ),
     "any shape, mixed chunks": Case(
-        "--chunked-prefill-size 256 --enable-mixed-chunk", 32, short=24, long=4, plant="any shape"
+        "--speculative-num-draft-tokens 7 --chunked-prefill-size 256 --enable-mixed-chunk", 32, short=16, long=4,
+        plant="any shape",
     ),
     "tree 7, a short window, mixed chunks, paged": Case(
         "--speculative-num-draft-tokens 7 --speculative-num-steps 7 --chunked-prefill-size 256 --enable-mixed-chunk "
