@@ -39,7 +39,7 @@ class Case:
 
 
 CASES = {
-    "tree 15": Case("--speculative-num-draft-tokens 15 --speculative-num-steps 8", 16, short=32, long=8, kind=(15, 8)),
+    "tree 15": Case("--speculative-num-draft-tokens 15 --speculative-num-steps 8", 16, kind=(15, 8)),
     "tree 3, paged, no overlap": Case(
         "--speculative-num-draft-tokens 3 --speculative-num-steps 3 --page-size 16 --disable-overlap-schedule",
         32, kind=(3, 3),

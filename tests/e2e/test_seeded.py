@@ -22,7 +22,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.8, "min_p": 0.1},
     {"temperature": 0},
 ]
-TOKENS = 40
+TOKENS = 24
 
 
 def seeded(prompts: list[Body]) -> list[Body]:
