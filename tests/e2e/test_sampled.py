@@ -84,7 +84,7 @@ def test_first_tokens_are_distributed_as_the_target_says(tree: str, prompt: list
 def test_neighbours_of_two_temperatures_are_each_distributed_as_the_target_says(
     tree: str, prompt: list[int], model: Any, exact: Paths
 ) -> None:
-    warm, cold = p_values_of_neighbours(tree, prompt, FEW_SAMPLES, exact, expected_paths(model, prompt, COLD))
+    warm, cold = p_values_of_neighbours(tree, prompt, 720, exact, expected_paths(model, prompt, COLD))
     assert min(warm, cold) > 0.001, f"p = {warm:.2g}, {cold:.2g}"
 
 
