@@ -92,7 +92,7 @@ def test_a_tree_that_is_none(tree: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "tree, nodes, depth, chain", [("7", 7, 7, False), ("15:4", 15, 4, False), ("chain:5", 5, 5, True)]
+    "tree, nodes, depth, chain", [("7", 7, 0, False), ("15:4", 15, 4, False), ("chain:5", 5, 5, True)]
 )
 def test_our_servers(tree: str, nodes: int, depth: int, chain: bool) -> None:
     server = bench._ours(Models.of(embedded.NAME, None), tree, ["--dtype", "float32"])
@@ -204,7 +204,7 @@ def test_a_server_that_finds_no_room(log: Log) -> None:
     "args, message",
     [
         (["--tree", "x"], "--tree 'x': give nodes (15)"),
-        (["--tree", "15", "--tree", "15:8"], "two of the servers are 'ours, 15 nodes, 8 deep'"),
+        (["--tree", "15:8", "--tree", "15:8"], "two of the servers are 'ours, 15 nodes, 8 deep'"),
         (["--opponent", "draft"], "SGLang's own DFLASH needs an accelerator"),
         (["--opponent-block", "8"], "--opponent-block 8 is for --opponent: name one"),
         (["--prompt-tokens", "90"], "a prompt of 90 tokens has no room for two problems: ask for 300 or more"),

@@ -138,7 +138,7 @@ def test_command_writes_the_page(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "tokens in" in result.output
     assert "<b>31</b>nodes" in out.read_text()
-    assert "<b>9</b>depth" in out.read_text(), "one deeper than with 15 nodes, as on a server"
+    assert "<b>15</b>depth" in out.read_text(), "as on a server"
 
 
 def test_a_draft_of_another_kind(tmp_path: Path) -> None:
