@@ -8,6 +8,7 @@ features -> draft block -> lattice -> grow -> verify -> sample -> walk -> commit
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -178,7 +179,7 @@ class DFlashWorker(BaseSpecWorker):
             speculative_num_draft_tokens=self.options.window,
             speculative_output_stride=walked.tokens.shape[1],
             nodes=walked.nodes,
-            learn=self.planner.learner(step),
+            learn=partial(self.planner.learn, step),
         )
 
     def _verify(self, batch: Any, window: Window, tree: DraftTree) -> tuple[GenerationBatchResult, Tensor]:

@@ -18,10 +18,10 @@ SAVED = 2.0  # most that is saved for probes, in costs of the best step: after a
 
 @dataclass(frozen=True)
 class Choice:
-    """A step's shape, by its index, for these requests; what it is thought to bring and to take.
+    """A step's shape, by its index, for these requests, and what it is thought to bring.
 
     requests, kinds [bs]: their numbers and kinds; drafting [bs] bool: those that may accept drafts. tokens: emitted by
-    the whole batch; seconds: of the step.
+    the whole batch.
     """
 
     shape: int
@@ -29,7 +29,6 @@ class Choice:
     kinds: np.ndarray
     drafting: np.ndarray
     tokens: float
-    seconds: float
 
 
 class Budget:
@@ -55,7 +54,7 @@ class Budget:
             shape = self._probe(shape, allowed, rates, seconds)
         self._unseen += 1
         self._unseen[shape] = 0
-        return Choice(shape, requests, kinds, drafting, float(tokens[shape]), float(seconds[shape]))
+        return Choice(shape, requests, kinds, drafting, float(tokens[shape]))
 
     def _probe(self, best: int, allowed: np.ndarray, rates: np.ndarray, seconds: np.ndarray) -> int:
         """Another shape, where one has long not been seen and what was saved pays for what it loses."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
 
 from sglang_dflash.budget.shape import Shape
 
-SIZES = tuple(1 << power for power in range(13))  # batch sizes that are told apart; between two, costs are interpolated
+SIZES = 1 << np.arange(13)  # batch sizes that are told apart; between two, costs are interpolated
 RATE = 0.1  # of a new measurement in what is believed
 SURPRISE = 0.7  # most that one measurement counts, in natural logarithms: a hiccup is no cost
 # Where nothing was measured before serving: a token's share of what a pass costs however few it reads, and a draft
@@ -25,8 +24,7 @@ class Cost:
     """
 
     def __init__(self, shapes: Sequence[Shape]) -> None:
-        self.shapes = shapes
-        tokens = np.array(SIZES)[:, None] * np.array([[s.verified, s.block if s.nodes else 0] for s in shapes])[:, None]
+        tokens = SIZES[:, None] * np.array([[s.verified, s.block if s.nodes else 0] for s in shapes])[:, None]
         passes = 1 + PER_TOKEN * tokens
         self._expected = passes[..., 0] + DRAFT * np.where(tokens[..., 1] > 0, passes[..., 1], 0)  # [shapes, sizes]
         self._factor = np.full(self._expected.shape, np.nan)  # measured over expected, once there is one
@@ -34,7 +32,7 @@ class Cost:
 
     def expect(self, shape: int, requests: np.ndarray, seconds: np.ndarray) -> None:
         """Take what a shape's passes took before serving: seconds [sizes] by requests [sizes], ascending."""
-        beyond = np.maximum(np.array(SIZES) / requests[-1], 1)  # in proportion, where larger batches are not known
+        beyond = np.maximum(SIZES / requests[-1], 1)  # in proportion, where larger batches are not known
         self._expected[shape] = np.interp(SIZES, requests, seconds) * beyond
         self._measured = True
 
@@ -42,22 +40,22 @@ class Cost:
         """Learn from a step of so many requests."""
         at = self._nearest(requests)
         if not self._measured and np.isnan(self._factor[shape, at]):
-            self._factor[shape, at] = seconds / self._between(self._expected[shape], requests)
+            self._factor[shape, at] = seconds / np.interp(requests, SIZES, self._expected[shape])
             return
-        surprise = np.log(seconds / self.seconds(requests)[shape])
         believed = self._believed(at)[shape]  # at first, what is known of shapes and sizes nearby
+        surprise = np.log(seconds / (believed * np.interp(requests, SIZES, self._expected[shape])))
         self._factor[shape, at] = believed * np.exp(RATE * np.clip(surprise, -SURPRISE, SURPRISE))
 
     def seconds(self, requests: int) -> np.ndarray:
         """What a step of so many requests is thought to take, [shapes] float64."""
         factors = self._believed(self._nearest(requests))
-        return np.array([self._between(row, requests) for row in self._expected]) * factors
+        return np.array([np.interp(requests, SIZES, row) for row in self._expected]) * factors
 
     def _believed(self, at: int) -> np.ndarray:
         """Factors of all shapes at a size: each its own, else that of the nearest shape, else of the nearest size."""
         measured = ~np.isnan(self._factor)
         if not measured.any():
-            return np.ones(len(self.shapes))
+            return np.ones(len(self._expected))
         sizes = np.flatnonzero(measured.any(0))
         column = self._factor[:, sizes[np.abs(sizes - at).argmin()]]
         known = np.flatnonzero(~np.isnan(column))
@@ -65,9 +63,4 @@ class Cost:
         return column[known[nearest]]
 
     def _nearest(self, requests: int) -> int:
-        return int(np.abs(np.log2(np.array(SIZES)) - np.log2(requests)).argmin())
-
-    def _between(self, row: np.ndarray, requests: int) -> float:
-        low = min(bisect_right(SIZES, requests), len(SIZES) - 1) - 1
-        share = (requests - SIZES[low]) / (SIZES[low + 1] - SIZES[low])
-        return float(row[low] + share * (row[low + 1] - row[low]))
+        return int(np.abs(np.log2(SIZES) - np.log2(requests)).argmin())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,10 +72,6 @@ class Planner:
         self._log.step_done(step.choice, step.clock, emitted)
         if self._metrics is not None:
             self._metrics.step_done(step.clock, step.choice.shape, emitted, contexts)
-
-    def learner(self, step: Step) -> Any:
-        """`learn` for the results of this step."""
-        return partial(self.learn, step)
 
 
 def _numbers_and_kinds(reqs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

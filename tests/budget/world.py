@@ -77,7 +77,7 @@ class World:
         for index, shape in enumerate(SHAPES):
             if bs > shape.most:
                 break
-            choice = Choice(index, np.arange(bs), np.zeros(bs, dtype=np.int64), np.ones(bs, dtype=bool), 0, 0)
+            choice = Choice(index, np.arange(bs), np.zeros(bs, dtype=np.int64), np.ones(bs, dtype=bool), 0)
             emitted = sum(self.accept(choice)[1].sum() for _ in range(max(1, steps // bs)))
             rates.append(emitted / max(1, steps // bs) / self.cost(bs, shape))
         return int(np.argmax(rates)), max(rates)
