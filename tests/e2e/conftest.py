@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from client import Body, generate
-from prompts import CONTEXT, SETTINGS, chats, chats_below, long_chats
+from prompts import CONTEXT, SEEDED, SETTINGS, chats, chats_below, long_chats
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -123,6 +123,23 @@ def known_answers(plain: Plain, short_bodies: list[Body], tmp_path_factory: pyte
     ]
     file.write_text(json.dumps(rows))
     return file
+
+
+@pytest.fixture(scope="session")
+def seeded_bodies(short_bodies: list[Body]) -> list[Body]:
+    """Two prompts in every setting."""
+    several = [(setting, body["input_ids"]) for setting in SEEDED for body in short_bodies[:2]]
+    common = {"max_new_tokens": LONG_TOKENS, "ignore_eos": True}
+    return [
+        {"input_ids": ids, "sampling_params": {**setting, **common, "sampling_seed": 1000 + i}}
+        for i, (setting, ids) in enumerate(several)
+    ]
+
+
+@pytest.fixture(scope="session")
+def seeded_texts(default_server: str, seeded_bodies: list[Body]) -> list[list[int]]:
+    """What a request with a seed says: all at once in a server that chooses its trees, or none."""
+    return [answer["output_ids"] for answer in generate(default_server, seeded_bodies, len(seeded_bodies))]
 
 
 def _greedy(ids: list[int], tokens: int) -> Body:

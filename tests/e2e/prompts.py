@@ -40,6 +40,17 @@ _SCHEMA = {
 }
 
 
+# Settings in which a seeded text is told.
+SEEDED: list[dict[str, float]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.7},
+    {"temperature": 0.7, "top_p": 0.95},
+    {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "min_p": 0.05},
+    {"temperature": 0.8, "min_p": 0.1},
+    {"temperature": 0},
+]
+
+
 def _params(**values: object) -> dict[str, object]:
     return {"sampling_params": {"temperature": 0, "max_new_tokens": 48, **values}}
 

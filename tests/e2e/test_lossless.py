@@ -103,6 +103,15 @@ def test_text_is_that_of_plain_decoding(case: Case, answers: list[Body], plain: 
     assert accept_length(answers[: case.short]) > (1.5 if case.plant else 2.0)
 
 
+def test_seeded_text_is_the_same_under_any_tree(
+    case: Case, server: str, seeded_bodies: list[Body], seeded_texts: list[list[int]]
+) -> None:
+    some = slice(None, case.short // 2)
+    answers = generate(server, seeded_bodies[some], case.concurrency)
+    assert [answer["output_ids"] for answer in answers] == seeded_texts[some]
+    assert accept_length(answers) > 1.2
+
+
 def test_accept_length_is_what_transformers_say(
     case: Case,
     server: str,
