@@ -1,5 +1,5 @@
-"""A request with a seed has one text: alone, in any batch, cold or after a prefix hit (test_lossless: under any tree), and
-it is the text that a second implementation says.
+"""A request with a seed has one text: alone, in any batch, cold or after a prefix hit, and (test_lossless) under any
+tree; and it is the text that a second implementation says.
 """
 
 from __future__ import annotations
