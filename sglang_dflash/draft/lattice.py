@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sglang_dflash import kernels
 from sglang_dflash.draft.selector import Selector
+from sglang_dflash.kernels import Noise
 from sglang_dflash.tree import Lattice
 
 
@@ -18,6 +19,7 @@ def build_lattice(
     logits: Callable[[Tensor], Tensor],
     selector: Selector | None,
     k: int,
+    noise: Noise | None = None,
     *,
     multiplier: float = 1.0,
     softcap: float | None = None,
@@ -25,7 +27,9 @@ def build_lattice(
     """The k likeliest tokens of each drafted position, and their log-probability after each of those before.
 
     hidden [bs, d, H]: the draft's output at the block's masks (not at the bonus token); bonus [bs] int64;
-    logits: the target's head, [N, H] -> [N, V] in any float dtype, V without padding; multiplier and softcap:
+    logits: the target's head, [N, H] -> [N, V] in any float dtype, V without padding; noise: of the bs requests, what
+    their samples will be drawn with (None: they take the likeliest tokens), so that those samples are drafted, and not
+    what is likely before the noise is known; multiplier and softcap:
     the checkpoint's output transform, on the head's logits before the selector's scores are added. Without a
     selector a token's log-probability does not depend on the one before.
     """
@@ -35,7 +39,7 @@ def build_lattice(
         scores = scores.float() * multiplier
     if softcap is not None:
         scores = torch.tanh(scores.float() / softcap) * softcap
-    unary, tokens, lse = kernels.topk_lse(scores, k)
+    unary, tokens, lse = kernels.topk_lse(scores, k, noise)
     unary, tokens, lse = unary.view(bs, d, k), tokens.view(bs, d, k), lse.view(bs, d)
     if selector is None:
         return Lattice(tokens, kernels.lattice_logp(unary, lse, None))

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_dflash.kernels import plain
+from sglang_dflash.kernels.lattice import Noise
 from sglang_dflash.kernels.rows import Pools
 
-__all__ = ["Pools", "use_compiled"]  # and every op of `plain`
+__all__ = ["Noise", "Pools", "use_compiled"]  # and every op of `plain`
 
 _ops: Any = plain
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sglang_dflash.kernels.flash import tree_attention
+from sglang_dflash.kernels.lattice import Noise
 from sglang_dflash.kernels.lattice import lattice_logp as plain_lattice_logp
 from sglang_dflash.kernels.rows import Pools
 
@@ -85,7 +86,7 @@ def build_ahead() -> None:
         shutil.copy(made, ahead())
 
 
-def topk_lse(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def topk_lse(logits: Tensor, k: int, noise: Noise | None = None) -> tuple[Tensor, Tensor, Tensor]:
     rows, vocab = logits.shape
     shortest, longest = PART
     parts = max(1, min(BLOCKS // rows, vocab // shortest), -(-vocab // longest))
@@ -93,7 +94,7 @@ def topk_lse(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     indices = logits.new_empty(rows, k, dtype=torch.int64)
     lse = logits.new_empty(rows, dtype=torch.float32)
     scratch = logits.new_empty(rows, parts, k + 1, dtype=torch.int64)
-    library().topk_lse(logits, values, indices, lse, scratch)
+    library().topk_lse(logits, *(noise or (None, None, None)), values, indices, lse, scratch)
     return values, indices, lse
 
 

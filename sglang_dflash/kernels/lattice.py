@@ -2,18 +2,61 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from sglang_dflash.kernels.sampling import gumbel_of
 
-def topk_lse(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k highest logits of each row, and the log-sum-exp of the whole row.
+LIKELIEST = 256  # tokens of a row that are given noise on a CPU
 
-    logits [N, V], any float dtype. Returns values [N, k] float32 (descending), indices [N, k] int64, lse [N]
-    float32.
+
+class Noise(NamedTuple):
+    """The noise that requests' next samples will be drawn with, and what it counts beside a logit.
+
+    seeds, positions [bs] int64: of a request, and where its first drafted token's sample will stand; weights [bs]
+    float32: 0 where a request takes its likeliest tokens.
     """
-    values, indices = logits.topk(k, dim=-1)
-    return values.float(), indices, logits.float().logsumexp(-1)
+
+    seeds: Tensor
+    positions: Tensor
+    weights: Tensor
+
+
+def topk_lse(logits: Tensor, k: int, noise: Noise | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The k highest scores of each row, and the log-sum-exp of all its scores.
+
+    logits [N, V], any float dtype. A score is the logit, to which noise of bs requests adds weight * Gumbel(seed,
+    position, token): each has N / bs rows, neighbours, at positions that follow one another. Returns values [N, k]
+    float32 (descending), indices [N, k] int64, lse [N] float32.
+
+    With noise this one reads values on the host, and serves a CPU alone: there a whole row's noise costs as much as the
+    row's logits, so only its LIKELIEST tokens have scores.
+    """
+    if noise is None:
+        values, indices = logits.topk(k, dim=-1)
+        return values.float(), indices, logits.float().logsumexp(-1)
+    each = len(logits) // len(noise.seeds)
+    place = torch.arange(len(logits), device=logits.device)
+    rows = place[(noise.weights != 0).repeat_interleave(each)]
+    of_row = Noise(*(x[rows // each] for x in noise))
+    of_row.positions.add_(rows % each)
+    if len(rows) == len(logits):
+        return _noisy_topk_lse(logits, k, of_row)
+    every = topk_lse(logits, k)
+    for values, some in zip(every, _noisy_topk_lse(logits[rows], k, of_row), strict=True):
+        values[rows] = some
+    return every
+
+
+def _noisy_topk_lse(logits: Tensor, k: int, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
+    """noise: of each row."""
+    vocab = logits.shape[1]
+    scores, tokens = logits.topk(min(LIKELIEST, vocab), dim=-1)
+    scores = scores.float() + noise.weights[:, None] * gumbel_of(noise.seeds, noise.positions, tokens, vocab)
+    values, best = scores.topk(k, dim=-1)
+    return values, tokens.gather(1, best), scores.logsumexp(-1)
 
 
 def selector_logp(

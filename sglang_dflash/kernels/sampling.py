@@ -88,13 +88,29 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """Gumbel noise float32 [rows, vocab] of each row's seed and position, both int64 [rows]."""
     out = torch.empty(len(seeds), vocab, device=seeds.device)
     tokens = _scrambled_tokens(vocab, seeds.device)
-    for row, seed, position in zip(out, seeds.tolist(), positions.tolist(), strict=True):
+    for row, state in zip(out, _states(seeds, positions), strict=True):
+        for noise, some in zip(row.split(BLOCK), tokens.split(BLOCK), strict=True):
+            _fill(noise, some ^ state)
+    return out
+
+
+def gumbel_of(seeds: Tensor, positions: Tensor, tokens: Tensor, vocab: int) -> Tensor:
+    """The same of some tokens of each row: tokens int64 [rows, M]; gives float32 [rows, M]."""
+    out = torch.empty(tokens.shape, device=tokens.device)
+    states = torch.tensor(_states(seeds, positions), dtype=torch.int32, device=tokens.device)
+    _fill(out, _scrambled_tokens(vocab, tokens.device)[tokens] ^ states[:, None])
+    return out
+
+
+def _states(seeds: Tensor, positions: Tensor) -> list[int]:
+    """What all tokens of a row share of the hash, as signed words."""
+    states = []
+    for seed, position in zip(seeds.tolist(), positions.tolist(), strict=True):
         state = 0
         for word in (seed % ALL, (seed >> 32) % ALL, position % ALL):
             state = _stirred(state ^ _scrambled(word))
-        for noise, some in zip(row.split(BLOCK), tokens.split(BLOCK), strict=True):
-            _fill(noise, some ^ _signed(state))
-    return out
+        states.append(_signed(state))
+    return states
 
 
 def _fill(noise: Tensor, h: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from sglang_dflash.budget import Shape
 from sglang_dflash.draft.lattice import build_lattice
 from sglang_dflash.draft.selector import build_selector
-from sglang_dflash.kernels import Pools
+from sglang_dflash.kernels import Noise, Pools
 from sglang_dflash.options import Options
 from sglang_dflash.step.window import Window, window_input
 from sglang_dflash.tree import DraftTree, grow, grow_chain
@@ -69,6 +69,7 @@ class DraftRunner:
     def bind_pools(self) -> None:
         """Called once, when SGLang has made the draft's KV pool and attention backend; no graph is captured yet."""
         self._pools = rows_of(self.runner.token_to_kv_pool)
+        self._noise = KnownNoise(len(self.runner.req_to_token_pool.req_to_token), self._mask.device)
         self.runner.attn_backend.reach = self.options.draft_window
 
     def write_context(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
@@ -84,6 +85,7 @@ class DraftRunner:
         tokens = window.block_tokens
         if shape.nodes == 0:
             return DraftTree.root(tokens[:, 0])
+        self._noise.tell(batch.sampling_info, window.prefix_lens)
         result = self.runner.forward(self._forward_batch(batch, window))
         if result.can_run_graph:
             graphs = self.runner.decode_cuda_graph_runner
@@ -116,6 +118,7 @@ class DraftRunner:
             self._head,
             self.selector,
             options.top_k,
+            self._noise.of(len(bonus_tokens)),
             multiplier=options.draft.output_multiplier,
             softcap=options.draft.softcap,
         )
@@ -144,6 +147,39 @@ class DraftRunner:
         )
         window.plan.bind(forward_batch, self.runner.kv_index_translator, cols=slice(0, block))
         return forward_batch
+
+
+class KnownNoise:
+    """The noise that the samples of a batch will be drawn with, where captured passes look for it.
+
+    A drafted token counts what the draft says, plus its noise times the temperature: what a sample goes by, times the
+    temperature, which makes greedy decoding its limit. Rows behind the batch are what an earlier one left there.
+    """
+
+    def __init__(self, requests: int, device: Any) -> None:
+        seeds, positions = torch.zeros(2, requests, dtype=torch.int64, device=device)
+        self._noise = Noise(seeds, positions, torch.zeros(requests, device=device))
+        self._silent = True
+
+    def tell(self, info: Any, prefix_lens: Tensor) -> None:
+        """Write what holds for a batch. info: its SamplingBatchInfo; prefix_lens [bs] int64."""
+        if info.is_all_greedy:
+            if not self._silent:
+                self._noise.weights.zero_()
+            self._silent = True
+            return
+        seeds, positions, weights = self._first(len(prefix_lens))
+        seeds.copy_(info.sampling_seed)
+        positions.copy_(prefix_lens)  # the bonus token's: the sample behind it is drawn there
+        torch.mul(info.temperatures[:, 0], info.top_ks != 1, out=weights)
+        self._silent = False
+
+    def of(self, bs: int) -> Noise | None:
+        """What lattices of bs requests are made with; on a CPU None where all of them are greedy."""
+        return None if self._silent and self._noise.weights.is_cpu else self._first(bs)
+
+    def _first(self, bs: int) -> Noise:
+        return Noise(*(x[:bs] for x in self._noise))
 
 
 def rows_of(pool: Any) -> Pools:

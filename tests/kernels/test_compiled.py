@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_dflash.kernels import Pools, compiled, plain
+from sglang_dflash.kernels import Noise, Pools, compiled, plain
+from sglang_dflash.kernels import lattice as lattice_ops
+from sglang_dflash.kernels.sampling import gumbel
 
 # One rounding of each type, relative.
 ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -53,6 +55,32 @@ def test_topk_lse(dtype: torch.dtype, rows: int, vocab: int, padding: int, k: in
     # Equal logits are common in 16 bits: the lower index comes first.
     first = logits.float().sort(dim=-1, descending=True, stable=True).indices[:, :k]
     assert torch.equal(indices, first)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("bs", "each", "vocab", "k"), [(1, 1, 16, 16), (3, 4, 777, 16), (2, 2, 20_000, 5)])
+def test_topk_lse_with_noise(
+    dtype: torch.dtype, bs: int, each: int, vocab: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lattice_ops, "LIKELIEST", vocab)  # the compiled one gives every token noise
+    logits = (torch.randn(bs * each, vocab) * 4).to(dtype)
+    logits[:, 3], logits[:, 7] = -torch.inf, 40.0
+    weights = torch.tensor([0.7, 0.0, 1.3])[:bs]
+    noise = Noise(torch.randint(-(2**62), 2**62, (bs,)), torch.randint(1 << 20, (bs,)), weights)
+    values, indices, lse = compiled.topk_lse(logits, k, noise)
+    want_values, _, want_lse = plain.topk_lse(logits, k, noise)
+    rough = {"rtol": 1e-5, "atol": 2e-3}  # of noise in fast intrinsics
+    torch.testing.assert_close(values, want_values, **rough)
+    torch.testing.assert_close(lse, want_lse, **rough)
+    seeds, positions, weights = (x.repeat_interleave(each) for x in noise)
+    every = gumbel(seeds, positions + torch.arange(bs * each) % each, vocab)
+    scores = logits.float() + torch.where(weights > 0, weights, 0)[:, None] * every
+    torch.testing.assert_close(scores.gather(1, indices), values, **rough)
+    assert all(len(set(row)) == k for row in indices.tolist())
+    greedy = weights == 0
+    for ops in (compiled, plain):
+        for mixed, alone in zip(ops.topk_lse(logits, k, noise), ops.topk_lse(logits, k), strict=True):
+            assert torch.equal(mixed[greedy], alone[greedy])
 
 
 def test_topk_of_all_equal_of_infinite_and_of_broken_logits() -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from sglang_dflash import kernels
+from sglang_dflash.kernels import lattice
+from sglang_dflash.kernels.sampling import gumbel
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -21,6 +23,20 @@ def test_topk_lse(dtype: torch.dtype) -> None:
         assert [plain[i] for i in indices[row].tolist()] == values[row].tolist()
         assert len(set(indices[row].tolist())) == 16
         assert lse[row].item() == pytest.approx(math.log(math.fsum(map(math.exp, plain))), abs=1e-5)
+
+
+def test_on_a_cpu_the_likeliest_tokens_alone_are_given_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    logits, noise = torch.randn(6, 777), kernels.Noise(torch.tensor([5, 6]), torch.tensor([30, 40]), torch.ones(2))
+    every = gumbel(noise.seeds.repeat_interleave(3), torch.tensor([30, 31, 32, 40, 41, 42]), 777)
+    for most in (100, 777):
+        monkeypatch.setattr(lattice, "LIKELIEST", most)
+        values, indices, lse = kernels.topk_lse(logits, 16, noise)
+        kept = logits >= logits.topk(most).values[:, -1:]
+        want = (logits + every).masked_fill(~kept, -torch.inf)
+        torch.testing.assert_close(values, want.topk(16).values)
+        assert torch.equal(indices, want.topk(16).indices)
+        torch.testing.assert_close(lse, want.logsumexp(-1))
 
 
 def test_without_transitions_it_is_the_log_softmax() -> None:

@@ -1,13 +1,22 @@
-"""What a captured draft pass leaves behind, without a GPU: graph memory is played by tensors that are overwritten."""
+"""What a captured draft pass leaves behind, without a GPU: graph memory is played by tensors that are overwritten. And
+what a draft knows of the noise: one that says what the target says drafts just what the target is going to sample.
+"""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
-from sglang_dflash.step.draft_pass import DraftRunner
-from sglang_dflash.tree import DraftTree
+from sglang_dflash.draft.lattice import build_lattice
+from sglang_dflash.step.draft_pass import DraftRunner, KnownNoise
+from sglang_dflash.step.sampling import sample_nodes
+from sglang_dflash.tree import DraftTree, grow, grow_chain, walk
+
+BS, DEPTH, VOCAB, ANY_K = 4, 6, 500, 1 << 30
 
 
 def tree(token: int) -> DraftTree:
@@ -28,3 +37,69 @@ def test_a_captured_tree_outlives_the_memory_of_its_graph(monkeypatch) -> None:
             x.zero_()  # another graph of the same pool runs
     assert runner._captured[1, 2].tokens.tolist() == [[30], [31]]
     assert runner._captured[1, 2].first(1).tokens.tolist() == [[30]]
+
+
+def asked(**changed: Any) -> SimpleNamespace:
+    """The settings of requests at four temperatures, of which one is greedy."""
+    settings = {
+        "sampling_seed": torch.tensor([11, -12, 13, 14]),
+        "temperatures": torch.tensor([[1.0], [0.6], [1.0], [1.4]]),
+        "top_ks": torch.tensor([ANY_K, ANY_K, 1, ANY_K], dtype=torch.int32),
+        "top_ps": torch.ones(BS),
+        "min_ps": torch.zeros(BS),
+        "is_all_greedy": False,
+        "need_top_k_sampling": True,
+        "need_top_p_sampling": False,
+        "need_min_p_sampling": False,
+    }
+    return SimpleNamespace(**{**settings, **changed})
+
+
+def emitted(known: KnownNoise, info: Any, target: Tensor, prefix_lens: Tensor, grow_: Any, nodes: int) -> Tensor:
+    """Tokens that each request emits in a step, [bs], where the draft says what the target says; target [bs, DEPTH + 1,
+    VOCAB]: its logits at every depth, whatever the tokens.
+    """
+    bonus = torch.zeros(BS, dtype=torch.int64)
+    lattice = build_lattice(target[:, :DEPTH], bonus, lambda hidden: hidden, None, 16, known.of(BS))
+    drafted = grow_(lattice, bonus, nodes)
+    logits = target.gather(1, drafted.depths[..., None].expand(-1, -1, VOCAB)).flatten(0, 1)
+    positions = (prefix_lens[:, None] + drafted.depths).flatten()
+    return walk(drafted, sample_nodes(logits, info, positions, drafted)).lens
+
+
+@pytest.mark.usefixtures("either_ops")
+def test_a_draft_that_is_right_drafts_what_the_target_samples() -> None:
+    torch.manual_seed(0)
+    known = KnownNoise(BS + 3, "cpu")
+    for _ in range(3):
+        target, prefix_lens = torch.randn(BS, DEPTH + 1, VOCAB) * 2, torch.randint(2000, (BS,))
+        known.tell(asked(), prefix_lens)
+        assert emitted(known, asked(), target, prefix_lens, grow_chain, DEPTH).tolist() == [DEPTH + 1] * BS
+        assert emitted(known, asked(), target, prefix_lens, grow, 3).min() >= 2
+
+
+@pytest.mark.parametrize("bug", ["none", "noise of the next position", "a neighbour's seed", "no noise"])
+def test_other_noise_than_the_target_s_would_be_seen(bug: str) -> None:
+    torch.manual_seed(0)
+    known, prefix_lens = KnownNoise(BS, "cpu"), torch.tensor([3, 40, 500, 6000])
+    known.tell(asked(), prefix_lens)
+    if bug == "noise of the next position":
+        known._noise.positions.add_(1)
+    elif bug == "a neighbour's seed":
+        known._noise.seeds.copy_(known._noise.seeds.roll(1))
+    elif bug == "no noise":
+        known.tell(asked(is_all_greedy=True), prefix_lens)
+    lens = emitted(known, asked(), torch.randn(BS, DEPTH + 1, VOCAB) * 2, prefix_lens, grow_chain, DEPTH)
+    assert lens[2] == DEPTH + 1  # the greedy one's
+    assert ((lens == DEPTH + 1) if bug == "none" else (lens <= 2))[[0, 1, 3]].all()
+
+
+def test_noise_is_told_where_captured_passes_look_and_taken_back() -> None:
+    known = KnownNoise(BS + 2, "cpu")
+    assert known.of(BS) is None
+    captured = known._first(BS + 2)
+    known.tell(asked(), torch.arange(BS))
+    torch.testing.assert_close(captured.weights, torch.tensor([1.0, 0.6, 0.0, 1.4, 0.0, 0.0]))
+    assert (captured.seeds[:BS].tolist(), captured.positions[:BS].tolist()) == ([11, -12, 13, 14], [0, 1, 2, 3])
+    known.tell(asked(is_all_greedy=True), torch.arange(BS))
+    assert not captured.weights.any() and known.of(BS) is None
