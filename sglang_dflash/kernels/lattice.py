@@ -38,8 +38,7 @@ def topk_lse(logits: Tensor, k: int, noise: Noise | None = None) -> tuple[Tensor
         values, indices = logits.topk(k, dim=-1)
         return values.float(), indices, logits.float().logsumexp(-1)
     each = len(logits) // len(noise.seeds)
-    place = torch.arange(len(logits), device=logits.device)
-    rows = place[(noise.weights != 0).repeat_interleave(each)]
+    rows = (noise.weights != 0).repeat_interleave(each).nonzero()[:, 0]
     of_row = Noise(*(x[rows // each] for x in noise))
     of_row.positions.add_(rows % each)
     if len(rows) == len(logits):

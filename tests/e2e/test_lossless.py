@@ -83,17 +83,21 @@ def answers(case: Case, server: str, short_bodies: list[Body], long_bodies: list
     return generate(server, short_bodies[: case.short] + long_bodies[: case.long], case.concurrency)
 
 
+@pytest.fixture(scope="module")
+def seeded_answers(case: Case, server: str, seeded_bodies: list[Body]) -> list[Body]:
+    return generate(server, seeded_bodies[: case.short // 2], case.concurrency)
+
+
 @pytest.fixture(scope="session")
-def offline(pair: embedded.Pair, known_answers: Path) -> Callable[[Case], float]:
-    """Tokens a step, computed from transformers."""
-    rows = json.loads(known_answers.read_text())[:OFFLINE_ANSWERS]
+def offline(pair: embedded.Pair) -> Callable[..., float]:
+    """Tokens a step, computed from transformers: of(kind, window, rows as text)."""
     read = runpy.run_path(str(OFFLINE))
 
     @cache
-    def of(kind: tuple[int | None, int], window: int | None) -> float:
-        return read["accept_lengths"](pair.target, pair.draft, rows, {"": kind}, window)[""]  # type: ignore[no-any-return]
+    def of(kind: tuple[int | None, int], window: int | None, rows: str) -> float:
+        return read["accept_lengths"](pair.target, pair.draft, json.loads(rows), {"": kind}, window)[""]  # type: ignore[no-any-return]
 
-    return lambda case: of(case.kind, case.window)
+    return of
 
 
 def test_text_is_that_of_plain_decoding(case: Case, answers: list[Body], plain: Plain) -> None:
@@ -103,13 +107,9 @@ def test_text_is_that_of_plain_decoding(case: Case, answers: list[Body], plain: 
     assert accept_length(answers[: case.short]) > (1.5 if case.plant else 2.0)
 
 
-def test_seeded_text_is_the_same_under_any_tree(
-    case: Case, server: str, seeded_bodies: list[Body], seeded_texts: list[list[int]]
-) -> None:
-    some = slice(None, case.short // 2)
-    answers = generate(server, seeded_bodies[some], case.concurrency)
-    assert [answer["output_ids"] for answer in answers] == seeded_texts[some]
-    assert accept_length(answers) > 1.2
+def test_seeded_text_is_the_same_under_any_tree(seeded_answers: list[Body], seeded_texts: list[list[int]]) -> None:
+    assert [answer["output_ids"] for answer in seeded_answers] == seeded_texts[: len(seeded_answers)]
+    assert accept_length(seeded_answers) > 1.2
 
 
 def test_accept_length_is_what_transformers_say(
@@ -117,15 +117,31 @@ def test_accept_length_is_what_transformers_say(
     server: str,
     answers: list[Body],
     short_bodies: list[Body],
-    offline: Callable[[Case], float],
+    known_answers: Path,
+    offline: Callable[..., float],
 ) -> None:
     if case.kind is None:
         return
     if "mixed" in case.args:  # beside a prefill a request takes one token unverified: here none is beside it
         answers = generate(server, short_bodies[:OFFLINE_ANSWERS], 1)
-    metas = [answer["meta_info"] for answer in answers[:OFFLINE_ANSWERS]]
-    emitted = sum(meta["completion_tokens"] - 1 for meta in metas)
-    assert emitted / sum(meta["spec_verify_ct"] for meta in metas) == pytest.approx(offline(case), rel=0.03)
+    rows = json.loads(known_answers.read_text())[:OFFLINE_ANSWERS]
+    want = offline(case.kind, case.window, json.dumps(rows))
+    assert tokens_a_step(answers[:OFFLINE_ANSWERS]) == pytest.approx(want, rel=0.03)
+
+
+def test_sampled_answers_are_drafted_by_the_noise_of_their_samples(
+    case: Case, seeded_bodies: list[Body], seeded_answers: list[Body], offline: Callable[..., float]
+) -> None:
+    """Without the noise it is less by a sixth, with another position's less than that."""
+    if case.kind is None or "mixed" in case.args:
+        return
+    rows = []
+    for body, answer in list(zip(seeded_bodies, seeded_answers, strict=False))[:OFFLINE_ANSWERS]:
+        params = body["sampling_params"]
+        row = {"prompt": body["input_ids"], "answer": answer["output_ids"]}
+        rows.append({**row, "seed": params["sampling_seed"], "temperature": params["temperature"]})
+    want = offline(case.kind, case.window, json.dumps(rows))  # a CPU gives noise to the likeliest tokens alone
+    assert tokens_a_step(seeded_answers[: len(rows)]) == pytest.approx(want, rel=0.08)
 
 
 def test_a_prefix_hit_accepts_as_the_cold_prompt_does(case: Case, server: str, long_bodies: list[Body]) -> None:
@@ -153,6 +169,12 @@ def test_the_end_of_the_context_ends_an_answer_alone(
         assert answer["meta_info"]["finish_reason"]["type"] == "length"
         assert len(answer["output_ids"]) == CONTEXT - 2 - len(body["input_ids"])  # as many as plain decoding gives
     assert generate(server, [short], 1)[0]["output_ids"] == beside["output_ids"]
+
+
+def tokens_a_step(answers: list[Body]) -> float:
+    """Without the first token of each answer, a prefill's."""
+    metas = [answer["meta_info"] for answer in answers]
+    return sum(meta["completion_tokens"] - 1 for meta in metas) / sum(meta["spec_verify_ct"] for meta in metas)  # type: ignore[no-any-return]
 
 
 def same_or_tied(answer: Body, truth: Body) -> bool:

@@ -39,6 +39,15 @@ def test_on_a_cpu_the_likeliest_tokens_alone_are_given_noise(monkeypatch: pytest
         torch.testing.assert_close(lse, want.logsumexp(-1))
 
 
+def test_noise_that_counts_nothing_changes_no_bit() -> None:
+    logits, seeds = torch.randn(6, 777), torch.tensor([5, 6])
+    mixed = kernels.topk_lse(logits, 16, kernels.Noise(seeds, seeds, torch.tensor([1.0, 0.0])))
+    silent = kernels.topk_lse(logits, 16, kernels.Noise(seeds, seeds, torch.zeros(2)))
+    for one, other, plain in zip(mixed, silent, kernels.topk_lse(logits, 16), strict=True):
+        assert torch.equal(one[3:], plain[3:]) and not torch.equal(one[:3], plain[:3])
+        assert torch.equal(other, plain)
+
+
 def test_without_transitions_it_is_the_log_softmax() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 100)
