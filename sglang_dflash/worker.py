@@ -167,7 +167,7 @@ class DFlashWorker(BaseSpecWorker):
         window = Window.open(batch, self.target, step.shape, self.options.draft.mask_token_id)
         lengths = window.prefix_lens + 1
         penalised = self.penalties.of(batch, lengths, batch.reqs)
-        tree = self.draft.draft(batch, window, step.shape)
+        tree = self.draft.draft(batch, window, step.shape, penalised)
         step.clock.drafted()
         verified, positions = self._verify(batch, window, tree)
         step.clock.verified()

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from client import Body, accept_length, generate
 from conftest import Plain, Serve, planted
+from penalised_reference import differs_at
 from prompts import CONTEXT
 
 from sglang_dflash import embedded
@@ -109,6 +111,17 @@ def test_seeded_text_is_the_same_under_any_tree(
     some = slice(None, case.short // 2)
     answers = generate(server, seeded_bodies[some], case.concurrency)
     assert [answer["output_ids"] for answer in answers] == seeded_texts[some]
+    assert accept_length(answers) > 1.2
+
+
+def test_penalties_count_each_request_s_own_tokens(
+    server: str, penalised_bodies: list[Body], short_bodies: list[Body], target_model: Any
+) -> None:
+    """All at once, and with others beside them."""
+    answers = generate(server, [*penalised_bodies, *short_bodies[:2]], 8)[: len(penalised_bodies)]
+    for body, answer in zip(penalised_bodies, answers, strict=True):
+        assert differs_at(target_model, body, answer["output_ids"]) == [], body["sampling_params"]
+        assert len(answer["output_ids"]) >= body["sampling_params"].get("min_new_tokens", 0)
     assert accept_length(answers) > 1.2
 
 
