@@ -630,7 +630,7 @@ def device() -> str:
 
 def main(
     url: Annotated[str | None, typer.Option(help="A server with DFLASH; without it, one is started.")] = None,
-    truth_url: Annotated[str | None, typer.Option(help="One without speculation or overlap; else one is started.")] = None,
+    truth_url: Annotated[str | None, typer.Option(help="Without speculation or overlap; else one is started.")] = None,
     model: TargetOption = "smollm2-135m",
     draft: DraftOption = None,
     requests: Annotated[int, typer.Option(min=len(KINDS))] = 2000,

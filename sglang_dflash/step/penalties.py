@@ -162,7 +162,8 @@ class Penalties:
     def follow(self, batch: Any, lengths: Tensor, tokens: Tensor, lens: Tensor) -> None:
         """A pass has emitted the first lens [bs] of tokens [bs, n] behind lengths [bs]: the host learns of it later."""
         rows = {req.kv.req_pool_idx: row for row, req in enumerate(batch.reqs) if penalised(req)}
-        self._last = _Pass(rows, lengths, tokens, lens) if rows else None
+        # A batch's own lengths are another stream's memory, kept for this pass alone.
+        self._last = _Pass(rows, lengths.clone(), tokens, lens) if rows else None
 
     def _output(self, reqs: list[Any], running: set[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Owners and tokens [N] int64, and weights int32: 0 of what was not emitted, or is there already."""
