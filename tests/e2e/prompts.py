@@ -57,6 +57,7 @@ def _params(**values: object) -> dict[str, object]:
 
 # What plain decoding is no truth for: it counts late under overlap, and not at all beside a prefill.
 PENALTIES: dict[str, dict[str, float]] = {
+    "none, beside them": {},
     "frequency penalty": {"frequency_penalty": 1.9},
     "presence penalty": {"presence_penalty": 1.9},
     "repetition penalty": {"repetition_penalty": 1.3},
