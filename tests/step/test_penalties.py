@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.sampling import penaltylib
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from torch import Tensor
 
 from sglang_dflash.step import penalties
@@ -143,9 +144,7 @@ class Scheduler:
         batch, lengths = batch_of(reqs), lengths_of(reqs)
         logits = torch.randn(len(reqs), VOCAB)
         raw = logits.clone()
-        if found := self.penalties.of(batch, lengths, mixed):
-            assert found.is_required
-            found.apply(logits)
+        sampler_settings(self.penalties.of(batch, lengths, mixed)).apply_logits_bias(logits)
         whole = [req not in partial for req in reqs]
         close(logits[whole], [said(r, x, []) for r, x, ok in zip(reqs, raw, whole, strict=True) if ok])
         tokens = torch.randint(VOCAB, (len(reqs),), dtype=torch.int32)
@@ -186,6 +185,13 @@ class Scheduler:
 
 def batch_of(reqs: list[Request]) -> Any:
     return Batch(reqs=reqs, sampling_info=SimpleNamespace(vocab_size=VOCAB))
+
+
+def sampler_settings(found: Penalised | None) -> SamplingBatchInfo:
+    """What SGLang's sampler reads behind a prefill."""
+    nothing = dict.fromkeys(("temperatures", "top_ps", "top_ks", "min_ps"), torch.empty(0))
+    flags = ("is_all_greedy", "is_any_greedy", "need_top_p_sampling", "need_top_k_sampling", "need_min_p_sampling")
+    return SamplingBatchInfo(**nothing, **dict.fromkeys(flags, False), vocab_size=VOCAB, penalizer_orchestrator=found)
 
 
 def lengths_of(reqs: list[Request]) -> Tensor:
