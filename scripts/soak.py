@@ -154,6 +154,8 @@ def greedy_bodies(prompts: Prompts) -> dict[str, Body]:
     bodies = {f"short {i}": greedy(ids, WHOLE) for i, ids in enumerate(prompts.short)}
     bodies |= {f"long {i}": greedy(ids, LONG_ANSWER) for i, ids in enumerate(prompts.long)}
     bodies |= {f"shared {i}": greedy(ids, LONG_ANSWER) for i, ids in enumerate(prompts.shared)}
+    for i, penalty in enumerate(PENALTIES):
+        bodies[f"penalty {i}"] = greedy(prompts.short[i], SETTING, **penalty)
     for i, schema in enumerate(SCHEMAS):
         bodies[f"schema {i}"] = greedy(prompts.short[i], SETTING, json_schema=schema)
     for i, stop in enumerate(STOPS):
@@ -199,9 +201,7 @@ def _ask(
             return known(short, max_new_tokens=tokens)
         case "priority":
             return known(short, max_new_tokens=tokens, priority=rng.randrange(4))
-        case "penalty":  # with no truth under load: SGLang counts what the host has seen, and anew if it is retracted
-            return Ask(number, kind, greedy(ids, tokens, **rng.choice(PENALTIES)))
-        case "schema" | "stop" | "long":
+        case "penalty" | "schema" | "stop" | "long":
             return one_of(kind)
         case "shared prefix":
             return one_of("shared")
@@ -447,7 +447,9 @@ def _http(url: str) -> aiohttp.ClientSession:
 
 
 async def find_truth(url: str, prompts: Prompts) -> dict[str, Truth]:
-    """Every greedy answer, by key; a session's turns as single requests."""
+    """Every greedy answer, by key; a session's turns as single requests, and those with penalties one at a time: this
+    server counts tokens by the step.
+    """
     room, truths = asyncio.Semaphore(TRUTH_AT_ONCE), {}
 
     async def one(key: str, body: Body) -> None:
@@ -460,7 +462,11 @@ async def find_truth(url: str, prompts: Prompts) -> dict[str, Truth]:
 
     async with _http(url) as http:
         client = Client(http, prompts)
-        await asyncio.gather(*(one(key, body) for key, body in greedy_bodies(prompts).items()))
+        bodies = greedy_bodies(prompts)
+        alone = [key for key in bodies if key.startswith("penalty ")]
+        await asyncio.gather(*(one(key, body) for key, body in bodies.items() if key not in alone))
+        for key in alone:
+            await one(key, bodies[key])
         said: list[list[int]] = [[] for _ in range(SESSIONS)]
         for turn in range(TURNS):
             said = [ids + added(prompts, i, turn) for i, ids in enumerate(said)]
@@ -624,7 +630,7 @@ def device() -> str:
 
 def main(
     url: Annotated[str | None, typer.Option(help="A server with DFLASH; without it, one is started.")] = None,
-    truth_url: Annotated[str | None, typer.Option(help="One without speculation; without it, one is started.")] = None,
+    truth_url: Annotated[str | None, typer.Option(help="Without speculation or overlap; else one is started.")] = None,
     model: TargetOption = "smollm2-135m",
     draft: DraftOption = None,
     requests: Annotated[int, typer.Option(min=len(KINDS))] = 2000,
@@ -637,7 +643,8 @@ def main(
     """Mixed requests to a server under stress, each checked."""
     models, args = Models.of(model, draft), server_arg or []
     prompts = Prompts.of(models.tokenizer())
-    plain = [*models.plain_args(), "--max-total-tokens", "16384", *without_speculation(args)]
+    plain = [*models.plain_args(), "--max-total-tokens", "16384", "--disable-overlap-schedule"]
+    plain += without_speculation(args)
     with served(truth_url, "the server without speculation", plain) as (at, _):
         truths = asyncio.run(find_truth(at, prompts))
     print(f"{len(truths)} greedy answers are known", flush=True)

@@ -117,7 +117,7 @@ def _take_over() -> None:
     from sglang_dflash import metrics
     from sglang_dflash.draft.config import ARCHITECTURES
     from sglang_dflash.draft.network import DFlashDraftModel
-    from sglang_dflash.step import admission, carry, results, sampling, seeds, session
+    from sglang_dflash.step import admission, carry, penalties, results, sampling, seeds, session
     from sglang_dflash.updates import select_runners
 
     ModelRegistry.models.update(dict.fromkeys(ARCHITECTURES, DFlashDraftModel))
@@ -133,6 +133,8 @@ def _take_over() -> None:
             metrics.by_path,
         "sglang.srt.layers.sampler.Sampler._sample_from_probs": sampling.sample_from_probs,
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch": seeds.give_seeds,
+        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.adjusted_from_schedule_batch":
+            penalties.leave_uncounted,
         "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req": session.keep_what_is_written,
         f"{managers}.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._select_runners": select_runners,
     }  # fmt: skip

@@ -7,6 +7,7 @@ features -> draft block -> lattice -> grow -> verify -> sample -> walk -> commit
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from sglang_dflash.metrics import step_metrics
 from sglang_dflash.step.carry import Carry
 from sglang_dflash.step.commit import commit
 from sglang_dflash.step.draft_pass import DraftRunner, rows_of
+from sglang_dflash.step.penalties import Penalised, Penalties
 from sglang_dflash.step.plan import Planner
 from sglang_dflash.step.results import StepResult
 from sglang_dflash.step.sampling import adjust_logits, sample_nodes
@@ -64,6 +66,7 @@ class DFlashWorker(BaseSpecWorker):
         largest = self.options.largest
         # What SGLang's gauges tell.
         self.speculative_num_steps, self.speculative_num_draft_tokens = largest.depth, largest.verified
+        self.penalties = Penalties()
         self.metrics = step_metrics(self.options, server_args, get_observability().enable_metrics)
 
     # -- what SGLang sets up ---------------------------------------------------------------------------------------
@@ -139,6 +142,8 @@ class DFlashWorker(BaseSpecWorker):
     ) -> GenerationBatchResult:
         if batch.has_grammar and grammar_barrier is not None:
             grammar_barrier()  # a mixed batch samples running requests too
+        if penalised := self.penalties.of(batch, batch.seq_lens, batch.decoding_reqs or ()):
+            batch.sampling_info = dataclasses.replace(batch.sampling_info, penalizer_orchestrator=penalised)
         result = self._target_worker.forward_batch_generation(
             batch, capture_hidden_mode=CaptureHiddenMode.FULL, return_kv_loc_plan=True
         )
@@ -150,7 +155,9 @@ class DFlashWorker(BaseSpecWorker):
         self.draft.write_context(
             features, _extend_positions(batch), plan.write_ids(self.draft.runner.kv_index_translator)
         )
-        result.next_draft_input = Carry.of(result.next_token_ids, batch.seq_lens)
+        first = result.next_token_ids
+        self.penalties.follow(batch, batch.seq_lens, first[:, None], torch.ones_like(first))
+        result.next_draft_input = Carry.of(first, batch.seq_lens)
         return result
 
     def _step(
@@ -158,13 +165,16 @@ class DFlashWorker(BaseSpecWorker):
     ) -> GenerationBatchResult:
         step = self.planner.plan(batch)
         window = Window.open(batch, self.target, step.shape, self.options.draft.mask_token_id)
-        tree = self.draft.draft(batch, window, step.shape)
+        lengths = window.prefix_lens + 1
+        penalised = self.penalties.of(batch, lengths, batch.reqs)
+        tree = self.draft.draft(batch, window, step.shape, penalised)
         step.clock.drafted()
         verified, positions = self._verify(batch, window, tree)
         step.clock.verified()
         output = verified.logits_output
         features, output.hidden_states = output.hidden_states, None
-        walked = self._sample_and_walk(batch, window, output, positions, tree, grammar_barrier)
+        walked = self._sample_and_walk(batch, window, output, positions, tree, penalised, grammar_barrier)
+        self.penalties.follow(batch, lengths, walked.tokens, walked.lens)
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
         commit(window, tree, walked, features, self._target_pools, self.draft)
@@ -211,11 +221,12 @@ class DFlashWorker(BaseSpecWorker):
         output: Any,
         positions: Tensor,
         tree: DraftTree,
+        penalised: Penalised | None,
         grammar_barrier: Callable[[], None] | None,
     ) -> Walk:
         bs, width = tree.tokens.shape
         logits = output.next_token_logits
-        adjust_logits(logits.view(bs, width, -1), batch, tree.tokens[:, 0], grammar_barrier)
+        adjust_logits(logits.view(bs, width, -1), batch, tree, penalised, grammar_barrier)
         sampled = sample_nodes(logits, batch.sampling_info, positions, tree)
         walked = walk(tree, sampled, window.deepest)
         if batch.return_logprob:

@@ -36,9 +36,7 @@ class Carry(DFlashDraftInputV2):
         )
 
     def prepare_for_decode(self, batch: Any) -> None:
-        """Allocate the next window, and count the last tokens for penalties as plain decoding does."""
-        if batch.sampling_info.penalizer_orchestrator.is_required:
-            batch.cumulate_penalty_output_tokens()
+        """Allocate the next window."""
         reqs = batch.reqs
         if not reqs:
             return

@@ -5,6 +5,7 @@ SGLang loads and places the network as it does any draft; here it is told what t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from sglang_dflash.draft.lattice import build_lattice
 from sglang_dflash.draft.selector import build_selector
 from sglang_dflash.kernels import Noise, Pools
 from sglang_dflash.options import Options
+from sglang_dflash.step.penalties import Penalised
 from sglang_dflash.step.window import Window, window_input
 from sglang_dflash.tree import DraftTree, grow, grow_chain
 
@@ -80,18 +82,21 @@ class DraftRunner:
         context = self.network.project_features(features)
         self.network.write_context(context, positions, slots, self._pools)
 
-    def draft(self, batch: Any, window: Window, shape: Shape) -> DraftTree:
-        """One draft pass: the tree, or chain, of what may follow the batch's bonus tokens."""
+    def draft(self, batch: Any, window: Window, shape: Shape, penalised: Penalised | None) -> DraftTree:
+        """One draft pass: the tree, or chain, of what may follow the batch's bonus tokens.
+
+        Where requests are penalised, their lattice is too; no graph knows how much was emitted, so it is made anew.
+        """
         tokens = window.block_tokens
         if shape.nodes == 0:
             return DraftTree.root(tokens[:, 0])
         self._noise.tell(batch.sampling_info, window.prefix_lens)
         result = self.runner.forward(self._forward_batch(batch, window))
-        if result.can_run_graph:
+        if result.can_run_graph and penalised is None:
             graphs = self.runner.decode_cuda_graph_runner
             tree = self._captured[shape.block, graphs.bs].first(len(tokens))
         else:
-            tree = self._tree(result.logits_output.hidden_states, tokens.flatten(), shape.block)
+            tree = self._tree(result.logits_output.hidden_states, tokens.flatten(), shape.block, penalised)
         return tree.smaller(shape.nodes)
 
     def _capture_tree(self, _: Any, output: Any, forward_batch: Any, num_tokens: int) -> None:
@@ -105,7 +110,9 @@ class DraftRunner:
         tree = self._tree(output.hidden_states, forward_batch.input_ids, block)
         self._captured.setdefault((block, bs), tree).take(tree)
 
-    def _tree(self, hidden: Tensor, input_ids: Tensor, block: int) -> DraftTree:
+    def _tree(
+        self, hidden: Tensor, input_ids: Tensor, block: int, penalised: Penalised | None = None
+    ) -> DraftTree:
         """The largest tree that a pass of this width is asked for, from its hidden [bs * block, H] and input_ids [bs *
         block].
         """
@@ -115,7 +122,7 @@ class DraftRunner:
         lattice = build_lattice(
             hidden.view(len(bonus_tokens), block, -1)[:, 1 : shape.depth + 1],
             bonus_tokens,
-            self._head,
+            partial(self._head, penalised, len(bonus_tokens)),
             self.selector,
             options.top_k,
             self._noise.of(len(bonus_tokens)),
@@ -124,8 +131,12 @@ class DraftRunner:
         )
         return self._grow(lattice, bonus_tokens, shape.nodes)
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self._logits(hidden, self._lm_head)[:, : self.options.draft.vocab_size]
+    def _head(self, penalised: Penalised | None, bs: int, hidden: Tensor) -> Tensor:
+        """The target's logits of hidden [bs * d, H], as the target's own will be penalised at the root."""
+        logits = self._logits(hidden, self._lm_head)
+        if penalised is not None:
+            penalised.at_depths(logits.view(bs, -1, logits.shape[1]))
+        return logits[:, : self.options.draft.vocab_size]
 
     def _forward_batch(self, batch: Any, window: Window) -> ForwardBatch:
         bs, block = window.block_tokens.shape

@@ -67,7 +67,7 @@ def count_live(
 def emitted(req: Any, run: list[int]) -> int:
     """How many tokens of a run plain decoding would have emitted: it asks after each whether the request ends there."""
     params = req.sampling_params
-    if not (params.stop_strs or params.stop_regex_strs) and _stop_ids(req).isdisjoint(run):
+    if not (params.stop_strs or params.stop_regex_strs) and stop_ids(req).isdisjoint(run):
         return len(run)
     probe = copy.copy(req)
     probe.output_ids = req.output_ids[:]
@@ -79,7 +79,7 @@ def emitted(req: Any, run: list[int]) -> int:
     return len(run)
 
 
-def _stop_ids(req: Any) -> set[int]:
+def stop_ids(req: Any) -> set[int]:
     """Tokens at which the request may end."""
     tokenizer = req.tokenizer
     ids = {*(req.sampling_params.stop_token_ids or ()), *(req.eos_token_ids or ())}

@@ -16,38 +16,33 @@ from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_m
 from torch import Tensor
 
 from sglang_dflash import kernels
+from sglang_dflash.step.penalties import Penalised
 from sglang_dflash.tree import DraftTree
 
 
 def depends_on_history(req: Any) -> bool:
-    """Whether a request's logits depend on the tokens before: penalties, grammars, custom logit processors.
+    """Whether a request's logits depend on the tokens before in ways that no tree is read with: grammars, processors.
 
     Such a request takes its one token at the root, as plain decoding does, while the rest of the batch walks on.
     """
-    params = req.sampling_params
-    return bool(
-        req.grammar is not None
-        or req.custom_logit_processor
-        or params.frequency_penalty != 0.0
-        or params.presence_penalty != 0.0
-        or params.repetition_penalty != 1.0
-        or params.min_new_tokens > 0
-    )
+    return bool(req.grammar is not None or req.custom_logit_processor)
 
 
 def adjust_logits(
     logits: Tensor,
     batch: Any,
-    bonus_tokens: Tensor,
+    tree: DraftTree,
+    penalised: Penalised | None,
     grammar_barrier: Callable[[], None] | None,
 ) -> None:
-    """Apply the batch's biases in place: logit bias at every node, what depends on history at the root alone.
+    """Apply the batch's biases in place: penalties and logit bias at every node, what no tree is read with at the root.
 
-    logits [bs, w, V]; bonus_tokens [bs] int64: the roots.
+    logits [bs, w, V].
     """
     info = batch.sampling_info
-    penalised = info.acc_additive_penalties is not None or info.acc_scaling_penalties is not None
-    with_history = batch.has_grammar or penalised or info.has_custom_logit_processor
+    if penalised is not None:
+        penalised.along(logits, tree)
+    with_history = batch.has_grammar or info.has_custom_logit_processor
     if info.logit_bias is not None:
         free = logits[:, 1:] if with_history else logits
         free += info.logit_bias[:, None]
@@ -57,7 +52,7 @@ def adjust_logits(
     if batch.has_grammar:
         mask = build_grammar_vocab_mask(
             reqs=batch.reqs,
-            tree=GrammarTree.from_linear_chain(bonus_tokens[:, None]),
+            tree=GrammarTree.from_linear_chain(tree.tokens[:, :1]),
             sampling_info=info,
             device=logits.device,
             barrier=grammar_barrier,

@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from client import Body, generate
-from prompts import CONTEXT, SEEDED, SETTINGS, chats, chats_below, long_chats
+from prompts import CONTEXT, PENALTIES, SEEDED, SETTINGS, SHORT_ANSWER, chats, chats_below, long_chats
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sglang_dflash import embedded
+from sglang_dflash.cli.load import chat_ids
 from sglang_dflash.cli.server import serving
 
 SHORT_TOKENS, LONG_TOKENS = 64, 24
@@ -29,6 +31,12 @@ Serve = Callable[..., AbstractContextManager[str]]
 @pytest.fixture(scope="session")
 def tokenizer(pair: embedded.Pair) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(pair.target)
+
+
+@pytest.fixture(scope="session")
+def target_model(pair: embedded.Pair) -> Any:
+    """The target in transformers, for second implementations."""
+    return AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +148,18 @@ def seeded_bodies(short_bodies: list[Body]) -> list[Body]:
 def seeded_texts(default_server: str, seeded_bodies: list[Body]) -> list[list[int]]:
     """What a request with a seed says: all at once in a server that chooses its trees, or none."""
     return [answer["output_ids"] for answer in generate(default_server, seeded_bodies, len(seeded_bodies))]
+
+
+@pytest.fixture(scope="session")
+def penalised_bodies(tokenizer: PreTrainedTokenizerBase, short_bodies: list[Body]) -> list[Body]:
+    """A prompt in every setting that looks back at what was emitted."""
+    brief = chat_ids(tokenizer, SHORT_ANSWER)
+    common = {"temperature": 0, "max_new_tokens": LONG_TOKENS}
+    prompts = [brief if "min_new_tokens" in setting else None for setting in PENALTIES.values()]
+    return [
+        {"input_ids": prompt or body["input_ids"], "sampling_params": {**common, **setting}}
+        for prompt, body, setting in zip(prompts, short_bodies, PENALTIES.values(), strict=False)
+    ]
 
 
 def _greedy(ids: list[int], tokens: int) -> Body:

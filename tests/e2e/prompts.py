@@ -55,12 +55,21 @@ def _params(**values: object) -> dict[str, object]:
     return {"sampling_params": {"temperature": 0, "max_new_tokens": 48, **values}}
 
 
-# Every greedy setting that must give what plain decoding gives: name -> changes of the body.
+# What plain decoding is no truth for: it counts late under overlap, and not at all beside a prefill.
+PENALTIES: dict[str, dict[str, float]] = {
+    "none, beside them": {},
+    "frequency penalty": {"frequency_penalty": 1.9},
+    "presence penalty": {"presence_penalty": 1.9},
+    "repetition penalty": {"repetition_penalty": 1.3},
+    "both": {"frequency_penalty": 0.5, "presence_penalty": 0.5},
+    "fewest tokens": {"min_new_tokens": 20},
+    "fewest tokens, penalised": {"frequency_penalty": 1.0, "min_new_tokens": 20},
+}
+SHORT_ANSWER = "What is the capital of France?"  # asked without a fewest, a small model is done after some ten tokens
+
+# Every other greedy setting, which must give what plain decoding gives: name -> changes of the body.
 SETTINGS: dict[str, dict[str, object]] = {
-    "frequency penalty": _params(frequency_penalty=1.9),
-    "presence penalty": _params(presence_penalty=1.9),
-    "repetition penalty": _params(repetition_penalty=1.3),
-    "fewest tokens": _params(min_new_tokens=40, stop=["."]),
+    "fewest tokens, and a stop string": _params(min_new_tokens=40, stop=["."]),
     "logit bias": _params(logit_bias={"28": -100.0, "30": -100.0}),
     "json schema": _params(json_schema=json.dumps(_SCHEMA)),
     "regex": _params(regex=r"(Yes|No), because [a-z ]{5,40}\."),

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from client import Body, accept_length, generate
 from conftest import Plain, Serve, planted
+from penalised_reference import differs_at
 from prompts import CONTEXT
 
 from sglang_dflash import embedded
@@ -110,6 +112,15 @@ def test_text_is_that_of_plain_decoding(case: Case, answers: list[Body], plain: 
 def test_seeded_text_is_the_same_under_any_tree(seeded_answers: list[Body], seeded_texts: list[list[int]]) -> None:
     assert [answer["output_ids"] for answer in seeded_answers] == seeded_texts[: len(seeded_answers)]
     assert accept_length(seeded_answers) > 1.2
+
+
+def test_penalties_count_each_request_s_own_tokens(
+    server: str, penalised_bodies: list[Body], target_model: Any
+) -> None:
+    answers = generate(server, penalised_bodies, len(penalised_bodies))
+    for body, answer in zip(penalised_bodies, answers, strict=True):
+        assert differs_at(target_model, body, answer["output_ids"]) == [], body["sampling_params"]
+    assert accept_length(answers[1:]) > 1.2  # the first has none
 
 
 def test_accept_length_is_what_transformers_say(

@@ -4,20 +4,17 @@ tree; and it is the text that a second implementation says.
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from client import Body, generate
 from seeded_reference import differs_at
-from transformers import AutoModelForCausalLM
-
-from sglang_dflash import embedded
 
 
 def test_a_seeded_text_is_the_one_that_a_second_implementation_says(
-    pair: embedded.Pair, seeded_bodies: list[Body], seeded_texts: list[list[int]]
+    target_model: Any, seeded_bodies: list[Body], seeded_texts: list[list[int]]
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32).eval()
     for body, text in zip(seeded_bodies, seeded_texts, strict=True):
-        assert differs_at(model, body["input_ids"], text, body["sampling_params"]) == [], body["sampling_params"]
+        assert differs_at(target_model, body["input_ids"], text, body["sampling_params"]) == [], body["sampling_params"]
 
 
 def test_a_seeded_text_is_the_same_alone_and_after_a_prefix_hit(

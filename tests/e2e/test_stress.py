@@ -10,20 +10,27 @@ from typing import Any
 import httpx
 from client import Body
 from conftest import ON_GPU, Plain, Serve
+from penalised_reference import differs_at
 
 REQUESTS = 300
+PENALISED = 16  # answers with penalties that are read again, the most retracted ones
 POOL = 2048  # tokens; the requests running at once want more
 PATIENCE = (0.1, 0.3) if ON_GPU else (0.5, 2.0)  # seconds that a client which leaves waits, at least and beyond that
 
 
-def test_three_hundred_mixed_requests(serve: Serve, plain: Plain, short_bodies: list[Body]) -> None:
+def test_three_hundred_mixed_requests(
+    serve: Serve, plain: Plain, short_bodies: list[Body], target_model: Any
+) -> None:
     with serve(
         "--speculative-algorithm", "DFLASH", "--speculative-num-draft-tokens", "3", "--page-size", "16",
         "--max-total-tokens", str(POOL), "--max-running-requests", "24", "--schedule-conservativeness", "0.01",
         "--chunked-prefill-size", "256", "--enable-mixed-chunk", "--enable-metrics",
     ) as url:  # fmt: skip
-        wrong, left = asyncio.run(_load(url, plain, short_bodies))
+        wrong, left, penalised = asyncio.run(_load(url, plain, short_bodies))
         assert not wrong
+        penalised.sort(key=lambda pair: pair[1]["meta_info"]["num_retractions"], reverse=True)
+        for body, answer in penalised[:PENALISED]:
+            assert differs_at(target_model, body, answer["output_ids"]) == []
         assert left > 20
         _wait_until_idle(url)
         assert _metric(url, "sglang:num_retracted_requests_total") > 0
@@ -37,12 +44,14 @@ def test_three_hundred_mixed_requests(serve: Serve, plain: Plain, short_bodies: 
         assert _metric(url, "sglang:num_used_tokens") <= POOL
 
 
-async def _load(url: str, plain: Plain, short_bodies: list[Body]) -> tuple[list[Any], int]:
-    """Send the requests; gives what was answered wrongly, and how many clients left early."""
+async def _load(
+    url: str, plain: Plain, short_bodies: list[Body]
+) -> tuple[list[Any], int, list[tuple[Body, Body]]]:
+    """Send the requests; gives what was answered wrongly, how many clients left early, and penalised answers."""
     rng = random.Random(0)
     turn = asyncio.Semaphore(48)
     wrong: list[Any] = []
-    left = 0
+    left, penalised = 0, []
 
     async def one(client: httpx.AsyncClient) -> None:
         nonlocal left
@@ -62,12 +71,14 @@ async def _load(url: str, plain: Plain, short_bodies: list[Body]) -> tuple[list[
         expected = plain.short[i]["output_ids"][:tokens]
         if kind in ("greedy", "leaves") and answer["output_ids"] != expected:
             wrong.append((i, tokens, answer["output_ids"], expected))
+        if kind == "penalty":
+            penalised.append((body, answer))
         if not 1 <= len(answer["output_ids"]) <= tokens:
             wrong.append((i, tokens, answer))
 
     async with httpx.AsyncClient(base_url=url, limits=httpx.Limits(max_connections=None)) as client:
         await asyncio.gather(*(one(client) for _ in range(REQUESTS)))
-    return wrong, left
+    return wrong, left, penalised
 
 
 def _wait_until_idle(url: str) -> None:

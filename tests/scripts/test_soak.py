@@ -44,12 +44,10 @@ def test_plan_is_the_same_for_a_seed_and_holds_every_kind(soak: Any) -> None:
     assert {ask.kind for ask in planned(soak, 3, able=False)} == set(soak.KINDS) - {"priority", "session"}
 
 
-def test_what_is_compared_is_greedy_and_without_penalties(soak: Any) -> None:
-    """SGLang counts a penalty's tokens by load: overlap sees them late, and a retraction forgets them."""
-    for ask in planned(soak, 3):
-        params = ask.body.get("sampling_params", {})
-        assert not (ask.truth and any("penalty" in name for name in params))
-    assert any("penalty" in name for ask in planned(soak, 3) for name in ask.body.get("sampling_params", {}))
+def test_what_is_compared_is_greedy_with_penalties_too(soak: Any) -> None:
+    compared = [ask.body["sampling_params"] for ask in planned(soak, 3) if ask.truth]
+    assert all(params["temperature"] == 0 for params in compared)
+    assert any("penalty" in name for params in compared for name in params)
 
 
 @pytest.mark.parametrize(

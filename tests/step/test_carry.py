@@ -24,13 +24,12 @@ class Pool:
         return self.free
 
 
-def make(prompt: int, max_new_tokens: int, **params: Any) -> Any:
-    values = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+def make(prompt: int, max_new_tokens: int, grammar: Any = None) -> Any:
     return SimpleNamespace(
         origin_input_ids=[5] * prompt,
-        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens, **{**values, **params}),
+        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens),
         kv=SimpleNamespace(kv_allocated_len=prompt, kv_committed_len=prompt),
-        grammar=None,
+        grammar=grammar,
         custom_logit_processor=None,
         decode_batch_idx=0,
     )
@@ -40,7 +39,6 @@ def batch_of(reqs: list[Any], pool: Pool, columns: int) -> Any:
     return SimpleNamespace(
         reqs=reqs,
         device="cpu",
-        sampling_info=SimpleNamespace(penalizer_orchestrator=SimpleNamespace(is_required=False)),
         token_to_kv_pool_allocator=pool,
         tree_cache=SimpleNamespace(evictable_size=lambda: 0),
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(len(reqs), columns)),
@@ -114,5 +112,5 @@ def test_two_requests_in_a_full_pool_are_not_both_kept(monkeypatch: pytest.Monke
 
 
 def test_a_request_whose_logits_depend_on_history_walks_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = batch_of([make(8, 20), make(8, 20, frequency_penalty=0.5)], Pool(1000, 1), 500)
+    batch = batch_of([make(8, 20), make(8, 20, grammar=object())], Pool(1000, 1), 500)
     assert prepare(monkeypatch, batch, 4).bounds[1].tolist() == [28, 0]

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sglang_dflash.budget import Shape
 from sglang_dflash.draft.lattice import build_lattice
 from sglang_dflash.step.draft_pass import DraftRunner, KnownNoise
+from sglang_dflash.step.penalties import Penalties
 from sglang_dflash.step.sampling import sample_nodes
 from sglang_dflash.tree import DraftTree, grow, grow_chain, walk
 
@@ -103,3 +105,32 @@ def test_noise_is_told_where_captured_passes_look_and_taken_back() -> None:
     assert (captured.seeds[:BS].tolist(), captured.positions[:BS].tolist()) == ([11, -12, 13, 14], [0, 1, 2, 3])
     known.tell(asked(is_all_greedy=True), torch.arange(BS))
     assert not captured.weights.any() and known.of(BS) is None
+
+
+def test_a_penalised_request_s_lattice_is_penalised_and_no_other() -> None:
+    """Two requests whose draft likes token 4 best, then 6; the second has said 4 before, and pays for it."""
+    vocab, block, bs = 9, 3, 2
+    runner = object.__new__(DraftRunner)
+    shape = Shape(2, 2, block, 99)
+    draft = SimpleNamespace(output_multiplier=1.0, softcap=None, vocab_size=vocab - 1)
+    runner.options = SimpleNamespace(grown=lambda width: shape, top_k=2, draft=draft)  # type: ignore[assignment]
+    runner.selector, runner._lm_head, runner._grow = None, None, grow
+    runner._noise = KnownNoise(bs, "cpu")
+    runner._logits = lambda hidden, head: hidden.clone()
+    hidden = torch.zeros(bs * block, vocab)
+    hidden[:, 4], hidden[:, 6] = 3.0, 2.0
+
+    def request(number: int, penalty: float) -> Any:
+        params = SimpleNamespace(
+            frequency_penalty=penalty, presence_penalty=0.0, repetition_penalty=1.0, min_new_tokens=0
+        )
+        return SimpleNamespace(
+            origin_input_ids=[1], output_ids=[4, 4], sampling_params=params, kv=SimpleNamespace(req_pool_idx=number)
+        )
+
+    reqs = [request(0, 0.0), request(1, 1.0)]
+    batch = SimpleNamespace(reqs=reqs, sampling_info=SimpleNamespace(vocab_size=vocab))
+    penalised = Penalties().of(batch, torch.tensor([3, 3]), reqs)
+    roots = torch.tensor([4, 5, 5] * bs)
+    assert runner._tree(hidden, roots, block, penalised).tokens.tolist() == [[4, 4, 4], [4, 6, 6]]
+    assert runner._tree(hidden, roots, block).tokens.tolist() == [[4, 4, 4], [4, 4, 4]]

@@ -18,11 +18,11 @@ from sglang_dflash.step.plan import Planner
 SHAPES = (Shape(0, 0, 1, 99), Shape(2, 2, 3, 99), Shape(7, 7, 8, 4))
 
 
-def request(number: int, **params: Any) -> Any:
+def request(number: int, grammar: Any = None, **params: Any) -> Any:
     sampling = SamplingParams(**{"temperature": 0.0, **params})
     sampling.normalize(None)
     return SimpleNamespace(
-        kv=SimpleNamespace(req_pool_idx=number), sampling_params=sampling, grammar=None, custom_logit_processor=None
+        kv=SimpleNamespace(req_pool_idx=number), sampling_params=sampling, grammar=grammar, custom_logit_processor=None
     )
 
 
@@ -42,10 +42,12 @@ def come_to(planner: Planner, step: Any, lens: list[int]) -> None:
 
 
 def test_who_drafts_and_of_which_kind(planner: Planner) -> None:
-    step = planner.plan(batch(request(3), request(5, temperature=0.8), request(4, frequency_penalty=0.5)))
-    assert step.choice.requests.tolist() == [3, 5, 4]
-    assert step.choice.kinds.tolist() == [0, 1, 0]
-    assert step.choice.drafting.tolist() == [True, True, False]
+    step = planner.plan(
+        batch(request(3), request(5, temperature=0.8), request(4, object()), request(6, frequency_penalty=0.5))
+    )
+    assert step.choice.requests.tolist() == [3, 5, 4, 6]
+    assert step.choice.kinds.tolist() == [0, 1, 0, 0]
+    assert step.choice.drafting.tolist() == [True, True, False, True]
 
 
 def test_what_stands_between_two_steps_is_no_steps_cost(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
