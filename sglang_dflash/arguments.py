@@ -32,8 +32,8 @@ UNBOUNDED = 1 << 30
 SGLANGS_REQUESTS = 48  # at once, where SGLang decides for DFLASH
 TOP_K = 16  # candidates a position where the checkpoint names none
 
-# Processes and devices: one serves.
-SIZES = ("tp_size", "pp_size", "dp_size", "attn_dp_size", "attn_cp_size", "dcp_size")
+# Ways to share a model or a batch that a step does not know.
+SIZES = ("pp_size", "attn_dp_size", "attn_cp_size", "dcp_size")
 # Servers in parts, and memory pools other than one row a slot.
 HANDED_OVER = (
     "enable_pdmux",
@@ -300,11 +300,27 @@ def _check_draft(server_args: Any, draft: DraftConfig) -> None:
     draft.check(
         hidden_size=target.hidden_size, vocab_size=target.vocab_size, num_layers=target.num_layers
     )
+    _check_shares(server_args, draft)
     checkpoint = _draft_checkpoint(server_args)
     overrides = server_args.json_model_override_args
     changed = "" if overrides == "{}" else f", changed by --json-model-override-args {overrides}"
     if shapes := checkpoint.tensor_shapes():
         check_tensors(shapes, draft, source=checkpoint.path + changed)
+
+
+def _check_shares(server_args: Any, draft: DraftConfig) -> None:
+    """Tensor parallelism gives each rank as many heads and columns of the draft as any other."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    ranks = resolving_view(server_args).tp_size
+    heads = draft.num_kv_heads  # fewer than ranks: several have the same
+    parts = {"attention heads": draft.num_heads, "key-value heads": heads, "MLP columns": draft.intermediate_size}
+    for what, count in parts.items():
+        if count % ranks and not (what == "key-value heads" and ranks % count == 0):
+            raise ValueError(
+                f"the draft's {count} {what} cannot be shared evenly by --tp-size {ranks}: give a size that divides "
+                "them, or more replicas (--dp-size)"
+            )
 
 
 def reason_to_hand_over(server_args: Any) -> str:

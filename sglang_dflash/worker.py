@@ -28,6 +28,7 @@ from sglang_dflash import kernels
 from sglang_dflash.arguments import options_of
 from sglang_dflash.checkpoints import Checkpoint
 from sglang_dflash.metrics import step_metrics
+from sglang_dflash.step import ranks
 from sglang_dflash.step.carry import Carry
 from sglang_dflash.step.commit import commit
 from sglang_dflash.step.draft_pass import DraftRunner, rows_of
@@ -67,7 +68,8 @@ class DFlashWorker(BaseSpecWorker):
         # What SGLang's gauges tell.
         self.speculative_num_steps, self.speculative_num_draft_tokens = largest.depth, largest.verified
         self.penalties = Penalties()
-        self.metrics = step_metrics(self.options, server_args, get_observability().enable_metrics)
+        metrics = get_observability().enable_metrics and ranks.is_first()
+        self.metrics = step_metrics(self.options, server_args, metrics)
 
     # -- what SGLang sets up ---------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
 from sglang_dflash import embedded
-from sglang_dflash.arguments import _draft_config, options_of, reason_to_hand_over, settle_arguments
+from sglang_dflash.arguments import _check_shares, _draft_config, options_of, reason_to_hand_over, settle_arguments
 from sglang_dflash.draft.config import DraftConfig
 
 MakeDraft = Callable[..., str]
@@ -87,6 +88,21 @@ def resolve(**arguments: Any) -> ServerArgs:
 def test_bad_drafts_are_named(make_draft: MakeDraft, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(speculative_draft_model_path=make_draft(**change))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "change", "message"),
+    [
+        (2, {}, "draft's 9 attention heads cannot be shared evenly by --tp-size 2: give a size that divides them"),
+        (9, {"num_key_value_heads": 2}, "draft's 2 key-value heads cannot be shared evenly by --tp-size 9"),
+        (3, {"intermediate_size": 1000}, "draft's 1000 MLP columns cannot be shared evenly by --tp-size 3"),
+        (9, {"intermediate_size": 1539}, ""),  # three ranks have the same key-value head
+    ],
+)
+def test_a_draft_is_shared_evenly(ranks: int, change: dict[str, int], message: str) -> None:
+    draft = DraftConfig.from_dict(json.loads((embedded.DRAFT / "config.json").read_text()) | change)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        _check_shares(ServerArgs(model_path="smollm2-135m", tp_size=ranks), draft)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +262,9 @@ def reason(draft: str = str(embedded.DRAFT), target: str = "", **arguments: Any)
     ("arguments", "told"),
     [
         ({}, ""),
-        ({"tp_size": 2}, "--tp-size 2"),
+        ({"tp_size": 3}, "--tp-size 3 is more than one"),
+        ({"dp_size": 2}, ""),
+        ({"pp_size": 2}, "--pp-size 2"),
         ({"attn_dp_size": 2}, "--attn-dp-size 2"),
         ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
         ({"speculative_draft_window_size": 512}, ""),

@@ -22,6 +22,7 @@ from sglang_dflash.draft.lattice import build_lattice
 from sglang_dflash.draft.selector import build_selector
 from sglang_dflash.kernels import Noise, Pools
 from sglang_dflash.options import Options
+from sglang_dflash.step import ranks
 from sglang_dflash.step.penalties import Penalised
 from sglang_dflash.step.window import Window, window_input
 from sglang_dflash.tree import DraftTree, grow, grow_chain
@@ -66,7 +67,8 @@ class DraftRunner:
 
     def follow_target(self) -> None:
         """Called when the target's or the draft's weights are in place, at first and after each update."""
-        self.selector = build_selector(self.network, embedding=self._embedding.weight, head=self._lm_head.weight)
+        embedding, head = (ranks.whole(table.weight, 0) for table in (self._embedding, self._lm_head))
+        self.selector = build_selector(self.network, embedding=embedding, head=head)
 
     def bind_pools(self) -> None:
         """Called once, when SGLang has made the draft's KV pool and attention backend; no graph is captured yet."""
@@ -97,7 +99,7 @@ class DraftRunner:
             tree = self._captured[shape.block, graphs.bs].first(len(tokens))
         else:
             tree = self._tree(result.logits_output.hidden_states, tokens.flatten(), shape.block, penalised)
-        return tree.smaller(shape.nodes)
+        return ranks.first_ranks_tree(tree.smaller(shape.nodes))
 
     def _capture_tree(self, _: Any, output: Any, forward_batch: Any, num_tokens: int) -> None:
         """Called by SGLang at the end of a pass that it captures, and of the two before it that warm up.
@@ -133,7 +135,7 @@ class DraftRunner:
 
     def _head(self, penalised: Penalised | None, bs: int, hidden: Tensor) -> Tensor:
         """The target's logits of hidden [bs * d, H], as the target's own will be penalised at the root."""
-        logits = self._logits(hidden, self._lm_head)
+        logits = ranks.whole(self._logits(hidden, self._lm_head), -1)
         if penalised is not None:
             penalised.at_depths(logits.view(bs, -1, logits.shape[1]))
         return logits[:, : self.options.draft.vocab_size]

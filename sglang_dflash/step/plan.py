@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from sglang_dflash.budget import Budget, Choice, Shape
 from sglang_dflash.metrics import Clock, StepLog, StepMetrics
 from sglang_dflash.options import Options
+from sglang_dflash.step import ranks
 from sglang_dflash.step.sampling import depends_on_history
 
 
@@ -34,7 +35,7 @@ class Planner:
         """requests: the numbers by which SGLang tells running ones apart are below this."""
         self._shapes = options.shapes
         self.budget = Budget(options.shapes, requests)
-        self._log, self._metrics = StepLog(options), metrics
+        self._log, self._metrics = StepLog(options) if ranks.is_first() else None, metrics
         self._on_gpu = on_gpu
         self._before: tuple[Choice, Any] | None = None
 
@@ -58,6 +59,7 @@ class Planner:
         requests, kinds = _numbers_and_kinds(batch.reqs)
         drafting = np.array([not depends_on_history(req) for req in batch.reqs])
         choice = self.budget.choose(requests, kinds, drafting)
+        choice = replace(choice, shape=ranks.first_ranks_number(choice.shape))
         step = Step(choice, self._shapes[choice.shape], Clock(self._on_gpu), self._before)
         self._before = choice, step.clock.start
         return step
@@ -69,7 +71,8 @@ class Planner:
             choice, start = step.before
             self.budget.cost.took(len(choice.requests), choice.shape, step.clock.since(start))
         self.budget.learn(step.choice, walked, emitted)
-        self._log.step_done(step.choice, step.clock, emitted)
+        if self._log is not None:
+            self._log.step_done(step.choice, step.clock, emitted)
         if self._metrics is not None:
             self._metrics.step_done(step.clock, step.choice.shape, emitted, contexts)
 

@@ -56,8 +56,9 @@ CASES = {
         "--disable-radix-cache",
         1, short=12, long=2, kind=(None, 7),
     ),
-    "any shape, mixed chunks": Case(
-        "--speculative-num-draft-tokens 7 --chunked-prefill-size 256 --enable-mixed-chunk", 32, short=16, long=4,
+    "any shape, mixed chunks, three ranks": Case(
+        "--speculative-num-draft-tokens 7 --chunked-prefill-size 256 --enable-mixed-chunk --tp-size 3", 32, short=16,
+        long=2,
         plant="any shape",
     ),
     "tree 7, a short window, mixed chunks, paged": Case(

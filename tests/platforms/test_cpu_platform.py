@@ -51,7 +51,7 @@ def test_stands_aside_for_sglangs_own_cpu_engine(monkeypatch: pytest.MonkeyPatch
 
 def server_args(**given: object) -> SimpleNamespace:
     unset = dict.fromkeys(("mem_fraction_static", "max_total_tokens", "max_running_requests", "chunked_prefill_size"))
-    defaults = {"attention_backend": "intel_amx", "dtype": "auto", "sleep_on_idle": False}
+    defaults = {"attention_backend": "intel_amx", "dtype": "auto", "sleep_on_idle": False, "tp_size": 1, "dp_size": 1}
     return SimpleNamespace(**(unset | defaults | given))
 
 
@@ -79,6 +79,20 @@ def test_openmp_waits_are_short_unless_the_user_decided(monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
     PlainCpuPlatform().apply_server_args_defaults(server_args())
     assert "GOMP_SPINCOUNT" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("ranks", "bound"), [(2, "4,5,6|7,8,9"), (3, "4,5|6,7|8,9"), (4, "4|5|6|7"), (8, "4|5|6|7|8|9|4|5")]
+)
+def test_ranks_share_the_cores(ranks: int, bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_dflash.platforms.cpu.platform import PlainCpuPlatform
+
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {9, 4, 5, 6, 7, 8})
+    PlainCpuPlatform().apply_server_args_defaults(server_args())
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ
+    PlainCpuPlatform().apply_server_args_defaults(server_args(tp_size=ranks))
+    assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == bound
 
 
 def test_speculation_is_dflash_on_its_own_backend() -> None:

@@ -19,6 +19,7 @@ ASKED = {
     "decode_attention_backend": None,
     "speculative_draft_attention_backend": None,
     "dtype": "auto",
+    "tp_size": 1,
 }
 TARGET = Target(
     hidden_size=576,
@@ -39,6 +40,7 @@ TARGET = Target(
         ({"attention_backend": "fa3"}, {}, {"layer_types": frozenset({"full_attention"})}, (8, 0), ""),
         ({}, {}, {}, (10, 0), "FlashAttention-3, which compute capability 10.0 has not"),
         ({"attention_backend": "triton"}, {}, {}, (9, 0), "--attention-backend triton reads no tree, fa3 does"),
+        ({"tp_size": 2}, {}, {}, (9, 0), "--tp-size 2 is more than one"),
         ({"dtype": "float32"}, {}, {}, (9, 0), ""),
         ({"dtype": "float", "attention_backend": "plain_torch"}, {}, {}, (12, 0), ""),
         ({"dtype": "float32", "attention_backend": "fa3"}, {}, {}, (9, 0), "fa3 reads no tree, plain_torch does"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform as host
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import psutil
@@ -88,6 +89,8 @@ class PlainCpuPlatform(SRTPlatform):
         server_args.sleep_on_idle = True
         if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
             os.environ["GOMP_SPINCOUNT"] = OPENMP_SPINS
+        if (ranks := server_args.tp_size * server_args.dp_size) > 1:  # SGLang deals out NUMA nodes, and few have two
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_of_ranks(sorted(os.sched_getaffinity(0)), ranks))
 
     def get_default_attention_backend(self) -> str:
         return PLAIN_ATTENTION
@@ -117,3 +120,11 @@ class PlainCpuPlatform(SRTPlatform):
         from sglang_dflash.platforms.cpu.linear import pack_linear_layers
 
         pack_linear_layers(model)
+
+
+def cores_of_ranks(cores: Sequence[int], ranks: int) -> str:
+    """Each rank's share of the cores, as SGLang reads them: numbers, "|" between ranks; one each of few."""
+    share = max(len(cores) // ranks, 1)
+    return "|".join(
+        ",".join(str(cores[(rank * share + i) % len(cores)]) for i in range(share)) for rank in range(ranks)
+    )

@@ -37,6 +37,8 @@ def unserved(
     asked: what the user gave, with SGLang's names: its own choice of an attention backend binds nobody. arguments: the
     same as SGLang settled them so far; capability: the GPU's.
     """
+    if arguments.tp_size > 1:
+        return f"--tp-size {arguments.tp_size} is more than one, and trees have been shared by ranks on CPUs alone"
     backend = attention_backend(arguments.dtype)
     if backend == FAST_ATTENTION and capability[0] not in FAST_CAPABILITIES:
         return f"trees need FlashAttention-3, which compute capability {capability[0]}.{capability[1]} has not"

@@ -34,7 +34,8 @@ def register() -> None:
 
 def choose_any_shape(choose: Any, budget: Any, *batch: Any) -> Any:
     """Whatever pays: shapes from step to step as chance will have them, nothing at all among them."""
-    return dataclasses.replace(choose(budget, *batch), shape=random.randrange(len(budget.shapes)))
+    shape = random.SystemRandom().randrange(len(budget.shapes))  # another one for each rank
+    return dataclasses.replace(choose(budget, *batch), shape=shape)
 
 
 def settings_of_the_next(settings_of: Any, info: Any, requests: Any) -> Any:
