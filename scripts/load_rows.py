@@ -1,15 +1,19 @@
-"""Rows of a load table from the files that SGLang's own client writes.
+"""Rows of a load table from the files that SGLang's own client writes; a plot of them all goes beside it.
 
-python -m sglang.benchmark.serving --backend sglang ... --output-file gsm8k.0.ours.jsonl
-python scripts/load_rows.py load.json --device "NVIDIA H100 80GB HBM3" gsm8k.*.jsonl
+curl localhost:30000/metrics >> gsm8k.0.ours.16.prom
+python -m sglang.benchmark.serving --backend sglang --max-concurrency 16 ... --output-file gsm8k.0.ours.jsonl
+curl localhost:30000/metrics >> gsm8k.0.ours.16.prom
+python scripts/load_rows.py load.json --device "NVIDIA H100 80GB HBM3" gsm8k.*
 
 A file is named benchmark.temperature.server.jsonl; server is none, own, ours, or a tree of ours fixed by hand, 15:8.
-Each run of the client is a round; rounds of the same benchmark, server, temperature and load make one row.
+Each run of the client is a round; rounds of the same benchmark, server, temperature and load make one row. Metrics
+before and after each round (--enable-metrics), the load in their file's name, tell what the server chose there.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -18,6 +22,8 @@ from typing import Annotated, Any
 import typer
 
 VERSIONS = ("sglang", "torch", "flashinfer-python", "sglang-dflash")
+NAMES = {"none": "no speculation", "own": "SGLang's own DFLASH", "ours": "ours", "best": "ours, best fixed tree"}
+CHOSEN = re.compile(r'^sglang:dflash_shape_steps_total\{.*nodes="(\d+)".*\} (\S+)$', re.MULTILINE)
 
 
 def main(
@@ -26,15 +32,21 @@ def main(
     device: Annotated[str, typer.Option(help="what the servers ran on, and how many of them side by side")],
     draft: Annotated[str, typer.Option()] = "embedded, widened",
 ) -> None:
-    """Write OUT, and print its table."""
+    """Write OUT and its plot, and print its tables: the README's, and all rows."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for file in files:
-        benchmark, temperature, server, _ = file.name.split(".")
+    for file in sorted(files, key=lambda file: file.suffix):  # .jsonl before .prom
+        benchmark, temperature, server, *load, _ = file.name.split(".")
+        if load:
+            rows[benchmark, int(temperature), int(load[0]), server]["chosen"] = _chosen(file.read_text())
+            continue
         for line in file.read_text().splitlines():
             _add(rows, benchmark, int(temperature), server, json.loads(line))
     table = [rows[key] for key in sorted(rows, key=str)]
     versions = {name: version(name) for name in VERSIONS}
     out.write_text(json.dumps({"device": device, "draft": draft, "versions": versions, "rows": table}, indent=1) + "\n")
+    draw(out)
+    print_loads(table)
+    print()
     _print(table)
 
 
@@ -60,6 +72,83 @@ def _add(
     row["ttft_ms"].append(round(run["median_ttft_ms"], 1))
     row["ttft_p99_ms"].append(round(run["p99_ttft_ms"], 1))
     row["accept_length"].append(round(run.get("accept_length") or 1.0, 2))
+
+
+def _chosen(metrics: str) -> dict[str, float]:
+    """Shares of steps by drafted nodes, from metrics before a round and after it, and so on."""
+    told: dict[str, list[float]] = {}
+    for nodes, count in CHOSEN.findall(metrics):
+        told.setdefault(nodes, []).append(float(count))
+    steps = {nodes: sum(counts[1::2]) - sum(counts[::2]) for nodes, counts in told.items()}
+    return {nodes: round(count / sum(steps.values()), 3) for nodes, count in steps.items() if count}
+
+
+def by_setting(table: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, dict[int, dict[str, Any]]]]:
+    """Rows by benchmark and temperature, then by server, then by load; "best": of the trees fixed by hand."""
+    settings: dict[tuple[str, int], dict[str, dict[int, dict[str, Any]]]] = {}
+    for row in table:
+        of = settings.setdefault((row["benchmark"], row["temperature"]), {name: {} for name in NAMES})
+        here = of["best" if row["tree"] else row["server"]]
+        known = here.get(row["concurrency"])
+        if known is None or median(row["tok_s"]) > median(known["tok_s"]):
+            here[row["concurrency"]] = row
+    return settings
+
+
+def print_loads(table: list[dict[str, Any]]) -> None:
+    """The README's table as Markdown: a row a load, times none's speed, and what the server chose."""
+    settings = by_setting(table)
+    titles = [f"{benchmark}, {_heat(temperature)}" for benchmark, temperature in settings]
+    print("| at once |", " | ".join(titles), "| chosen, in this order |")
+    print("|---|" + "---|" * len(titles) + "---|")
+    for load in sorted({row["concurrency"] for row in table}):
+        cells, chosen = [], []
+        for of in settings.values():
+            ours, none, own, best = (of[name].get(load) for name in ("ours", "none", "own", "best"))
+            beside = [
+                f"{name} {_times(row, none)}" for name, row in (("own", own), (best and best["tree"], best)) if row
+            ]
+            cells.append(f"**{_times(ours, none)}**" + f" ({', '.join(beside)})" * bool(beside) if ours else "")
+            shares = (ours or {}).get("chosen", {})
+            chosen.append("; ".join(f"{n} nodes {s:.0%}" for n, s in sorted(shares.items(), key=lambda x: -x[1])[:2]))
+        print(f"| {load} |", " | ".join(cells), f"| {' / '.join(chosen)} |")
+
+
+def _times(row: dict[str, Any], none: dict[str, Any] | None) -> str:
+    speed = median(row["tok_s"])
+    return f"{speed / median(none['tok_s']):.2f}x" if none else f"{speed:,.0f} tok/s"
+
+
+def _heat(temperature: int) -> str:
+    return f"temperature {temperature}" if temperature else "greedy"
+
+
+def draw(file: Path) -> Path:
+    """Plot speed by load, none's being 1, a panel a benchmark and temperature, from the JSON alone; what none was not
+    asked is left out.
+    """
+    from matplotlib.figure import Figure
+
+    content = json.loads(file.read_text())
+    settings = by_setting(content["rows"])
+    figure = Figure(figsize=(4.5 * len(settings), 4), layout="tight")
+    panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
+    for axes, ((benchmark, temperature), of) in zip(panels, settings.items(), strict=True):
+        plain = {load: median(row["tok_s"]) for load, row in of["none"].items()}
+        for server, rows in of.items():
+            loads = sorted(rows.keys() & plain.keys())
+            speeds = [median(rows[load]["tok_s"]) / plain[load] for load in loads]
+            axes.plot(loads, speeds, ":" if server == "best" else "-", marker=".", label=NAMES[server])
+        axes.set(title=f"{benchmark}, {_heat(temperature)}", xlabel="requests at once", xscale="log")
+        axes.set_xticks(sorted(plain), [str(load) for load in sorted(plain)])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="speed, no speculation being 1", ylim=(0, None))
+    panels[0].legend(fontsize="small")
+    figure.suptitle(f"{content['device']}; draft: {content['draft']}", fontsize="medium")
+    picture = file.with_suffix(".png")
+    figure.savefig(picture, dpi=150)
+    return picture
 
 
 def _print(table: list[dict[str, Any]]) -> None:

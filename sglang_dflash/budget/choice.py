@@ -12,7 +12,9 @@ from sglang_dflash.budget.gain import Gain
 from sglang_dflash.budget.shape import Shape
 
 PROBES = 0.01  # most of the time that may go to steps of other shapes than the best
-RARE = 16, 1000  # a larger, a smaller shape is tried no more often than every so many steps: only its cost is unknown
+# A shape is tried no more often than every so many steps: a larger one or one whose cost is a guess, and a smaller one,
+# whose cost alone may have changed.
+RARE = 16, 1000
 SAVED = 2.0  # most that is saved for probes, in costs of the best step: after a long quiet time they come singly
 
 
@@ -51,17 +53,16 @@ class Budget:
         shape = int(rates.argmax())
         self._saved = min(self._saved + PROBES * seconds[shape], SAVED * seconds[shape])
         if drafting.any():
-            shape = self._probe(shape, allowed, rates, seconds)
+            unknown = (np.arange(len(self.shapes)) > shape) | self.cost.guessed(bs)
+            shape = self._probe(shape, allowed & (self._unseen >= np.where(unknown, *RARE)), rates, seconds)
         self._unseen += 1
         self._unseen[shape] = 0
         return Choice(shape, requests, kinds, drafting, float(tokens[shape]))
 
-    def _probe(self, best: int, allowed: np.ndarray, rates: np.ndarray, seconds: np.ndarray) -> int:
-        """Another shape, where one has long not been seen and what was saved pays for what it loses."""
-        larger, smaller = RARE
-        due = allowed & (self._unseen >= np.where(np.arange(len(self.shapes)) > best, larger, smaller))
+    def _probe(self, best: int, due: np.ndarray, rates: np.ndarray, seconds: np.ndarray) -> int:
+        """Another shape, of those that were long not seen, where what was saved pays for what it loses."""
         lost = seconds * (1 - rates / rates[best])
-        due &= lost <= self._saved
+        due = due & (lost <= self._saved)
         if not due.any():
             return best
         shape = int(np.where(due, self._unseen, -1).argmax())

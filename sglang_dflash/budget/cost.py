@@ -12,8 +12,8 @@ SIZES = 1 << np.arange(13)  # batch sizes that are told apart; between two, cost
 RATE = 0.1  # of a new measurement in what is believed
 SURPRISE = 0.7  # most that one measurement counts, in natural logarithms: a hiccup is no cost
 # Where nothing was measured before serving: a token's share of what a pass costs however few it reads, and a draft
-# pass's of the target's. Rather too low: what looks cheap is tried, and known from then on.
-PER_TOKEN, DRAFT = 0.01, 0.1
+# pass's of the target's. So on a CPU, about: a GPU measures.
+PER_TOKEN, DRAFT = 0.05, 0.1
 
 
 class Cost:
@@ -50,6 +50,10 @@ class Cost:
         """What a step of so many requests is thought to take, [shapes] float64."""
         factors = self._believed(self._nearest(requests))
         return np.array([np.interp(requests, SIZES, row) for row in self._expected]) * factors
+
+    def guessed(self, requests: int) -> np.ndarray:
+        """Shapes [shapes] bool of which no such step was ever timed: what is believed of them comes from others."""
+        return np.isnan(self._factor[:, self._nearest(requests)]) & (not self._measured)
 
     def _believed(self, at: int) -> np.ndarray:
         """Factors of all shapes at a size: each its own, else that of the nearest shape, else of the nearest size."""

@@ -17,10 +17,12 @@ from sglang_dflash.step.sampling import depends_on_history
 class Carry(DFlashDraftInputV2):
     """The running batch's speculative state, in the shape SGLang's scheduler relays, filters and merges.
 
-    bounds [2, bs] int64: of each request, the slots it holds, and the most tokens it may ever come to, prompt included;
-    0 where it is to take one token a step. Made for the next step alone.
+    drafting [bs]: who may accept drafts, on the host. bounds [2, bs] int64: of each request, the slots it holds, and
+    the most tokens it may ever come to, prompt included; 0 where it is to take one token a step. Both are made for the
+    next step alone.
     """
 
+    drafting: list[bool]
     bounds: Tensor
 
     @classmethod
@@ -43,7 +45,8 @@ class Carry(DFlashDraftInputV2):
         batch.maybe_evict_swa()
         held = [req.kv.kv_allocated_len for req in reqs]
         ends = _slots_after(batch, reqs)
-        most = [0 if depends_on_history(req) else _most_tokens(req) for req in reqs]
+        self.drafting = [not depends_on_history(req) for req in reqs]
+        most = [_most_tokens(req) if drafts else 0 for req, drafts in zip(reqs, self.drafting, strict=True)]
         on_host = torch.tensor([held, ends, most], pin_memory=str(batch.device).startswith("cuda"))
         on_device = on_host.to(batch.device, non_blocking=True)
         self.bounds = on_device[1:]
@@ -70,8 +73,9 @@ class Carry(DFlashDraftInputV2):
 
 def new_tokens_required(original: Any, batch: Any, requests: Sequence[Any], page_size: int) -> int:
     """Around SGLang's count of the slots that the next step of these requests takes from the pool."""
-    alone = len(requests) == 1
-    wanted = [_least(batch, req) if alone else _wanted(batch, req) for req in requests]
+    wanted = _wanted(batch, requests)
+    if len(requests) == 1:
+        wanted = [_least(wanted[0], requests[0], page_size)]
     held = [_pages(req.kv.kv_allocated_len, page_size) for req in requests]
     return sum(_pages(end, page_size) for end in wanted) - sum(held)
 
@@ -81,31 +85,34 @@ def _slots_after(batch: Any, reqs: Sequence[Any]) -> list[int]:
 
     The last request in a full pool gets what it may ever need: a window that has no room there is walked at its root.
     """
-    page_size = batch.token_to_kv_pool_allocator.page_size
-    ends = [_wanted(batch, req) for req in reqs]
+    ends = _wanted(batch, reqs)
     if len(reqs) == 1:
+        page_size = batch.token_to_kv_pool_allocator.page_size
         lacking = _pages(ends[0], page_size) - _pages(reqs[0].kv.kv_allocated_len, page_size)
         if lacking > batch.token_to_kv_pool_allocator.available_size() + batch.tree_cache.evictable_size():
-            return [_least(batch, reqs[0])]
+            return [_least(ends[0], reqs[0], page_size)]
     return ends
 
 
-def _wanted(batch: Any, req: Any) -> int:
-    """A window behind the committed prefix, and one more for the step whose result the host has not seen.
+def _wanted(batch: Any, reqs: Sequence[Any]) -> list[int]:
+    """Of each request, a window behind the committed prefix, and one more for the step whose result the host has not
+    seen.
 
     No more than the slot table has columns: a row's end is the next request's beginning. Columns reach a window beyond
     the longest request, so the table cuts off only what the host's lag would take.
     """
     page_size = batch.token_to_kv_pool_allocator.page_size
     room = batch.req_to_token_pool.req_to_token.shape[1] // page_size * page_size
-    end = _pages(req.kv.kv_committed_len + 2 * int(get_spec().speculative_num_draft_tokens), page_size)
-    return max(req.kv.kv_allocated_len, min(end, room))
+    ahead = 2 * int(get_spec().speculative_num_draft_tokens)
+    kvs = [req.kv for req in reqs]
+    return [
+        max(kv.kv_allocated_len, min(_pages(kv.kv_committed_len + ahead, page_size), room)) for kv in kvs
+    ]
 
 
-def _least(batch: Any, req: Any) -> int:
+def _least(wanted: int, req: Any, page_size: int) -> int:
     """No more than what the request may ever come to: at most what plain decoding would hold in the end."""
-    most = _pages(_most_tokens(req), batch.token_to_kv_pool_allocator.page_size)
-    return max(req.kv.kv_allocated_len, min(most, _wanted(batch, req)))
+    return max(req.kv.kv_allocated_len, min(_pages(_most_tokens(req), page_size), wanted))
 
 
 def _most_tokens(req: Any) -> int:

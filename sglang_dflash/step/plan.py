@@ -13,7 +13,6 @@ from sglang_dflash.budget import Budget, Choice, Shape
 from sglang_dflash.metrics import Clock, StepLog, StepMetrics
 from sglang_dflash.options import Options
 from sglang_dflash.step import ranks
-from sglang_dflash.step.sampling import depends_on_history
 
 
 @dataclass(frozen=True)
@@ -57,15 +56,16 @@ class Planner:
     def plan(self, batch: Any) -> Step:
         """The next step of a batch, from now on."""
         requests, kinds = _numbers_and_kinds(batch.reqs)
-        drafting = np.array([not depends_on_history(req) for req in batch.reqs])
-        choice = self.budget.choose(requests, kinds, drafting)
+        choice = self.budget.choose(requests, kinds, np.array(batch.spec_info.drafting))
         choice = replace(choice, shape=ranks.first_ranks_number(choice.shape))
         step = Step(choice, self._shapes[choice.shape], Clock(self._on_gpu), self._before)
         self._before = choice, step.clock.start
         return step
 
-    def learn(self, step: Step, nodes: Tensor, lens: Tensor, contexts: list[int]) -> None:
-        """A step's results have reached the host: nodes [bs, D + 1] walked, lens [bs] emitted, tokens before them."""
+    def learn(self, step: Step, nodes: Tensor, lens: Tensor, reqs: Sequence[Any]) -> None:
+        """A step's results have reached the host: nodes [bs, D + 1] walked, lens [bs] emitted; reqs: who took it, their
+        outputs still as before.
+        """
         walked, emitted = nodes.numpy(), lens.numpy()
         if step.before is not None:
             choice, start = step.before
@@ -74,6 +74,7 @@ class Planner:
         if self._log is not None:
             self._log.step_done(step.choice, step.clock, emitted)
         if self._metrics is not None:
+            contexts = [len(req.origin_input_ids) + len(req.output_ids) for req in reqs]
             self._metrics.step_done(step.clock, step.choice.shape, emitted, contexts)
 
 

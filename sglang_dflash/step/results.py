@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch import Tensor
 class StepResult(GenerationBatchResult):
     """A step's results; `live`: requests that it counts for, None before the host has settled it.
 
-    nodes [bs, D + 1] int64: walked nodes, the root first. learn: told them, how many of each request's count, [bs], and
-    the tokens before them, all on the host.
+    nodes [bs, D + 1] int64: walked nodes, the root first. learn: told them and how many of each request's count, [bs],
+    both on the host, and the requests, before they get their tokens.
     """
 
     live: int | None = None
     nodes: Tensor | None = None
-    learn: Callable[[Tensor | None, Tensor, list[int]], None] = lambda nodes, lens, contexts: None
+    learn: Callable[[Tensor | None, Tensor, Sequence[Any]], None] = lambda nodes, lens, reqs: None
 
     def copy_to_cpu(self, *args: Any, **kwargs: Any) -> None:
         """With what the step learns from, before SGLang marks the end of its copies."""
@@ -49,8 +49,7 @@ def settle_runs(
         for req, run, length in zip(batch.reqs, tokens, result.accept_lens.tolist(), strict=True)
     ]
     result.accept_lens = torch.tensor(lens, dtype=torch.int32)
-    contexts = [len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs]
-    result.learn(result.nodes, result.accept_lens, contexts)
+    result.learn(result.nodes, result.accept_lens, batch.reqs)
     result.live = sum(length > 0 for length in lens)
     runs = original(processor, result, batch)
     result.num_correct_drafts = sum(lens) - result.live

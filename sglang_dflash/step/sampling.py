@@ -112,14 +112,7 @@ def sample_from_probs(
 
     probs [bs, V]: at the request's temperature already, and still needed; positions [bs] int64.
     """
-    every = kernels.sample(
-        probs.log(),
-        positions.to(torch.int64),
-        info.sampling_seed,
-        torch.ones_like(info.top_ps),
-        info.top_ks,
-        info.top_ps,
-        info.min_ps,
-        not unfiltered,
-    )
+    seeds, temperatures, *filters = settings_of(info, slice(None))
+    one = torch.ones_like(temperatures)
+    every = kernels.sample(probs.log(), positions.to(torch.int64), seeds, one, *filters, not unfiltered)
     return every.to(torch.int32), None

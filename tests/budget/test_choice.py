@@ -58,6 +58,19 @@ def test_a_wrong_table_heals() -> None:
     assert tokens / seconds > 0.95 * world.best(4, 10_000)[1]
 
 
+@pytest.mark.parametrize("bs", [4, 16])
+def test_where_nothing_was_measured_a_smaller_shape_is_soon_timed(bs: int) -> None:
+    """On a CPU each token costs: what a wide step takes says little of what a plain one would."""
+
+    def cpu(bs: int, shape: Shape) -> float:
+        return 0.05 + 0.004 * bs * shape.verified + (0.001 * bs * shape.block if shape.nodes else 0.0)
+
+    world, budget = World(0.3, cpu), Budget(SHAPES, 512)
+    world.run(budget, bs, 100)
+    tokens, seconds, _ = world.run(budget, bs, 100)
+    assert tokens / seconds > 0.9 * world.best(bs, 10_000)[1]
+
+
 def test_requests_that_cannot_draft_neither_count_nor_teach() -> None:
     world, budget = World(0.8), told(Budget(SHAPES, 512))
     *_, taken = world.run(budget, 4, 100, drafting=False)

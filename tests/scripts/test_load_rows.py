@@ -34,4 +34,30 @@ def test_rounds_come_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert by_server["none", None]["tok_s"] == [100.0, 120.0]
     assert by_server["none", None]["temperature"] == 1
     assert by_server["ours", "15:8"]["ttft_p99_ms"] == [40.0]
+    assert (tmp_path / "load.png").stat().st_size > 10_000
     assert "| gsm8k | 1 | 16 | ours | 220 | 2.00 | 20 | 40 | 1.00 |" in capsys.readouterr().out
+
+
+def test_the_readmes_table_says_what_was_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Metrics stand before and after each round; what other loads did in between is not this one's."""
+    speeds = {"0.none": 100.0, "0.ours": 250.0, "0.7:7": 240.0, "0.2:2": 150.0}
+    for name, speed in {**{f"gsm8k.{name}": speed for name, speed in speeds.items()}, "chat.1.ours": 60.0}.items():
+        (tmp_path / f"{name}.jsonl").write_text(run(speed, 20.0))
+    counts = [(0, 10), (0, 40), (500, 40), (510, 100)]  # of 0 and of 7 nodes: a round, something else, a round
+    metrics = tmp_path / "gsm8k.0.ours.16.prom"
+    metrics.write_text(
+        "".join(
+            f'sglang:dflash_shape_steps_total{{model_name="m",nodes="{nodes}"}} {count}.0\n'
+            for pair in counts
+            for nodes, count in zip((0, 7), pair, strict=True)
+        )
+    )
+    main = runpy.run_path(str(SCRIPT))["main"]
+    main(tmp_path / "load.json", [metrics, *tmp_path.glob("*.jsonl")], device="a GPU")
+    rows = json.loads((tmp_path / "load.json").read_text())["rows"]
+    assert next(row for row in rows if row["server"] == "ours" and row["benchmark"] == "gsm8k" and not row["tree"])[
+        "chosen"
+    ] == {"0": 0.1, "7": 0.9}
+    told = capsys.readouterr().out
+    assert "| at once | chat, temperature 1 | gsm8k, greedy | chosen, in this order |" in told
+    assert "| 16 | **60 tok/s** | **2.50x** (7:7 2.40x) |  / 7 nodes 90%; 0 nodes 10% |" in told

@@ -112,5 +112,7 @@ def test_two_requests_in_a_full_pool_are_not_both_kept(monkeypatch: pytest.Monke
 
 
 def test_a_request_whose_logits_depend_on_history_walks_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = batch_of([make(8, 20), make(8, 20, grammar=object())], Pool(1000, 1), 500)
-    assert prepare(monkeypatch, batch, 4).bounds[1].tolist() == [28, 0]
+    batch = batch_of([make(8, 20), make(8, 20, custom_logit_processor="it")], Pool(1000, 1), 500)
+    made = prepare(monkeypatch, batch, 4)
+    assert made.bounds[1].tolist() == [28, 0]
+    assert made.drafting == [True, False]

@@ -22,12 +22,13 @@ def request(number: int, grammar: Any = None, **params: Any) -> Any:
     sampling = SamplingParams(**{"temperature": 0.0, **params})
     sampling.normalize(None)
     return SimpleNamespace(
-        kv=SimpleNamespace(req_pool_idx=number), sampling_params=sampling, grammar=grammar, custom_logit_processor=None
+        kv=SimpleNamespace(req_pool_idx=number), sampling_params=sampling, origin_input_ids=[1] * 9, output_ids=[2]
     )
 
 
-def batch(*reqs: Any, decoding: list[Any] | None = None) -> Any:
-    return SimpleNamespace(reqs=list(reqs), decoding_reqs=decoding)
+def batch(*reqs: Any, decoding: list[Any] | None = None, drafting: list[bool] | None = None) -> Any:
+    carry = SimpleNamespace(drafting=drafting or [True] * len(reqs))
+    return SimpleNamespace(reqs=list(reqs), decoding_reqs=decoding, spec_info=carry)
 
 
 @pytest.fixture
@@ -38,16 +39,15 @@ def planner() -> Planner:
 def come_to(planner: Planner, step: Any, lens: list[int]) -> None:
     depths = np.arange(step.shape.depth + 1)
     nodes = torch.from_numpy(np.minimum(depths, np.array(lens)[:, None] - 1).clip(0))
-    planner.learn(step, nodes, torch.tensor(lens), [10] * len(lens))
+    planner.learn(step, nodes, torch.tensor(lens), [request(1)] * len(lens))
 
 
 def test_who_drafts_and_of_which_kind(planner: Planner) -> None:
-    step = planner.plan(
-        batch(request(3), request(5, temperature=0.8), request(4, object()), request(6, frequency_penalty=0.5))
-    )
-    assert step.choice.requests.tolist() == [3, 5, 4, 6]
-    assert step.choice.kinds.tolist() == [0, 1, 0, 0]
-    assert step.choice.drafting.tolist() == [True, True, False, True]
+    requests = request(3), request(5, temperature=0.8), request(4, frequency_penalty=0.5)
+    step = planner.plan(batch(*requests, drafting=[True, True, False]))
+    assert step.choice.requests.tolist() == [3, 5, 4]
+    assert step.choice.kinds.tolist() == [0, 1, 0]
+    assert step.choice.drafting.tolist() == [True, True, False]
 
 
 def test_what_stands_between_two_steps_is_no_steps_cost(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,3 +95,10 @@ def test_the_log_says_what_was_chosen(
     come_to(planner, planner.plan(batch(request(1), request(2))), [3, 1])
     assert caplog.messages[0].startswith("DFLASH: 1 steps of 2.0 requests, 0.0 ms each; 2.00 tokens a request (")
     assert caplog.messages[0].endswith("expected); 100% of 7 nodes.")
+
+
+def test_contexts_are_gathered_where_metrics_want_them(planner: Planner) -> None:
+    told: list[list[int]] = []
+    planner._metrics = SimpleNamespace(step_done=lambda clock, shape, lens, contexts: told.append(contexts))  # type: ignore[assignment]
+    come_to(planner, planner.plan(batch(request(1), request(2))), [1, 1])
+    assert told == [[10, 10]]

@@ -97,9 +97,9 @@ def test_what_is_behind_an_end_counts_nowhere(tokenizer: PreTrainedTokenizerBase
         return [run[:length] for length in result.accept_lens.tolist()]
 
     counted: list[list[int]] = []
-    result.learn = lambda nodes, lens, contexts: counted.extend([lens.tolist(), contexts])
+    result.learn = lambda nodes, lens, reqs: counted.extend([lens.tolist(), [len(req.output_ids) for req in reqs]])
     assert settle_runs(original, None, result, batch) == [[], [], run[:2], run[:3]]
-    assert counted == [[0, 0, 2, 3], [2 + len(ended.output_ids), 2, 2, 2]]
+    assert counted == [[0, 0, 2, 3], [len(ended.output_ids), 0, 0, 0]]
     assert (result.num_correct_drafts, result.get_num_generated_tokens(4)) == (3, 5)
     told: list[Any] = []
     count_live(lambda *args, **more: told.append((*args, more)), None, 4, 3, num_accept_tokens=5, num_cap_tokens=0)
