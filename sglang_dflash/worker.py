@@ -30,6 +30,7 @@ from sglang_dflash.metrics import step_metrics
 from sglang_dflash.step.carry import Carry
 from sglang_dflash.step.commit import commit
 from sglang_dflash.step.draft_pass import DraftRunner, rows_of
+from sglang_dflash.step.grammar import NodeMasks
 from sglang_dflash.step.plan import Planner
 from sglang_dflash.step.results import StepResult
 from sglang_dflash.step.sampling import adjust_logits, sample_nodes
@@ -160,11 +161,14 @@ class DFlashWorker(BaseSpecWorker):
         window = Window.open(batch, self.target, step.shape, self.options.draft.mask_token_id)
         tree = self.draft.draft(batch, window, step.shape)
         step.clock.drafted()
+        masks = NodeMasks(batch, tree) if batch.has_grammar else None
         verified, positions = self._verify(batch, window, tree)
         step.clock.verified()
         output = verified.logits_output
         features, output.hidden_states = output.hidden_states, None
-        walked = self._sample_and_walk(batch, window, output, positions, tree, grammar_barrier)
+        if masks is not None:
+            masks.apply(output.next_token_logits, grammar_barrier)
+        walked = self._sample_and_walk(batch, window, output, positions, tree)
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
         commit(window, tree, walked, features, self._target_pools, self.draft)
@@ -205,17 +209,11 @@ class DFlashWorker(BaseSpecWorker):
         return verified, spec_info.positions
 
     def _sample_and_walk(
-        self,
-        batch: Any,
-        window: Window,
-        output: Any,
-        positions: Tensor,
-        tree: DraftTree,
-        grammar_barrier: Callable[[], None] | None,
+        self, batch: Any, window: Window, output: Any, positions: Tensor, tree: DraftTree
     ) -> Walk:
         bs, width = tree.tokens.shape
         logits = output.next_token_logits
-        adjust_logits(logits.view(bs, width, -1), batch, tree.tokens[:, 0], grammar_barrier)
+        adjust_logits(logits.view(bs, width, -1), batch.sampling_info)
         sampled = sample_nodes(logits, batch.sampling_info, positions, tree)
         walked = walk(tree, sampled, window.deepest)
         if batch.return_logprob:

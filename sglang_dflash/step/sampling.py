@@ -12,21 +12,22 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.sampler import apply_custom_logit_processor
-from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 from torch import Tensor
 
 from sglang_dflash import kernels
+from sglang_dflash.step.grammar import looks_ahead
 from sglang_dflash.tree import DraftTree
 
 
 def depends_on_history(req: Any) -> bool:
-    """Whether a request's logits depend on the tokens before: penalties, grammars, custom logit processors.
+    """Whether a request's logits depend on the tokens before as no path can tell: penalties, custom logit processors,
+    grammars that cannot look ahead.
 
     Such a request takes its one token at the root, as plain decoding does, while the rest of the batch walks on.
     """
     params = req.sampling_params
     return bool(
-        req.grammar is not None
+        (req.grammar is not None and not looks_ahead(req.grammar))
         or req.custom_logit_processor
         or params.frequency_penalty != 0.0
         or params.presence_penalty != 0.0
@@ -35,35 +36,20 @@ def depends_on_history(req: Any) -> bool:
     )
 
 
-def adjust_logits(
-    logits: Tensor,
-    batch: Any,
-    bonus_tokens: Tensor,
-    grammar_barrier: Callable[[], None] | None,
-) -> None:
+def adjust_logits(logits: Tensor, info: Any) -> None:
     """Apply the batch's biases in place: logit bias at every node, what depends on history at the root alone.
 
-    logits [bs, w, V]; bonus_tokens [bs] int64: the roots.
+    logits [bs, w, V]; info: the batch's SamplingBatchInfo.
     """
-    info = batch.sampling_info
     penalised = info.acc_additive_penalties is not None or info.acc_scaling_penalties is not None
-    with_history = batch.has_grammar or penalised or info.has_custom_logit_processor
+    with_history = penalised or info.has_custom_logit_processor
     if info.logit_bias is not None:
         free = logits[:, 1:] if with_history else logits
         free += info.logit_bias[:, None]
     if not with_history:
         return
-    mask = None
-    if batch.has_grammar:
-        mask = build_grammar_vocab_mask(
-            reqs=batch.reqs,
-            tree=GrammarTree.from_linear_chain(bonus_tokens[:, None]),
-            sampling_info=info,
-            device=logits.device,
-            barrier=grammar_barrier,
-        )
     root = logits[:, 0].contiguous()
-    dataclasses.replace(info, grammar_mask=mask).apply_logits_bias(root)
+    dataclasses.replace(info, grammar_mask=None).apply_logits_bias(root)  # the mask is a prefill's
     if info.has_custom_logit_processor:
         apply_custom_logit_processor(root, info)
     logits[:, 0] = root
