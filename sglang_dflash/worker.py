@@ -32,6 +32,7 @@ from sglang_dflash.step import ranks
 from sglang_dflash.step.carry import Carry
 from sglang_dflash.step.commit import commit
 from sglang_dflash.step.draft_pass import DraftRunner, rows_of
+from sglang_dflash.step.grammar import NodeMasks
 from sglang_dflash.step.penalties import Penalised, Penalties
 from sglang_dflash.step.plan import Planner
 from sglang_dflash.step.results import StepResult
@@ -171,11 +172,14 @@ class DFlashWorker(BaseSpecWorker):
         penalised = self.penalties.of(batch, lengths, batch.reqs)
         tree = self.draft.draft(batch, window, step.shape, penalised)
         step.clock.drafted()
+        masks = NodeMasks(batch, tree) if batch.has_grammar else None
         verified, positions = self._verify(batch, window, tree)
         step.clock.verified()
         output = verified.logits_output
         features, output.hidden_states = output.hidden_states, None
-        walked = self._sample_and_walk(batch, window, output, positions, tree, penalised, grammar_barrier)
+        if masks is not None:
+            masks.apply(output.next_token_logits, grammar_barrier)
+        walked = self._sample_and_walk(batch, window, output, positions, tree, penalised)
         self.penalties.follow(batch, lengths, walked.tokens, walked.lens)
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
@@ -224,11 +228,10 @@ class DFlashWorker(BaseSpecWorker):
         positions: Tensor,
         tree: DraftTree,
         penalised: Penalised | None,
-        grammar_barrier: Callable[[], None] | None,
     ) -> Walk:
         bs, width = tree.tokens.shape
         logits = output.next_token_logits
-        adjust_logits(logits.view(bs, width, -1), batch, tree, penalised, grammar_barrier)
+        adjust_logits(logits.view(bs, width, -1), batch.sampling_info, tree, penalised)
         sampled = sample_nodes(logits, batch.sampling_info, positions, tree)
         walked = walk(tree, sampled, window.deepest)
         if batch.return_logprob:

@@ -40,14 +40,19 @@ def settle_runs(
 ) -> list[list[int]]:
     """Around SGLang's reading of the runs: cut each where its request ends, so that nothing behind is kept or counted.
 
-    A request that has ended, or was retracted, has a run of nothing.
+    A request that has ended, or was retracted, has a run of nothing. Of a run under a grammar, SGLang keeps what the
+    grammar took before it ended.
     """
     stride = result.speculative_output_stride
     tokens = result.next_token_ids.view(len(batch.reqs), stride).tolist()
+    processor.advance_grammar_fsm(result, batch)
+    taken = result.grammar_retained_tokens or [None] * len(tokens)
     lens = [
-        0 if req.finished() or req.is_retracted else emitted(req, run[:length])
-        for req, run, length in zip(batch.reqs, tokens, result.accept_lens.tolist(), strict=True)
+        # Of a grammar that broke at once nothing is kept, but a step was made.
+        0 if req.finished() or req.is_retracted else max(1, emitted(req, run[:length] if kept is None else kept))
+        for req, run, length, kept in zip(batch.reqs, tokens, result.accept_lens.tolist(), taken, strict=True)
     ]
+    result.grammar_retained_tokens = [kept and kept[:length] for kept, length in zip(taken, lens, strict=True)]
     result.accept_lens = torch.tensor(lens, dtype=torch.int32)
     result.learn(result.nodes, result.accept_lens, batch.reqs)
     result.live = sum(length > 0 for length in lens)
@@ -64,11 +69,15 @@ def count_live(
 
 
 def emitted(req: Any, run: list[int]) -> int:
-    """How many tokens of a run plain decoding would have emitted: it asks after each whether the request ends there."""
+    """How many tokens of a run plain decoding would have emitted: it asks after each whether the request ends there.
+
+    A grammar's end ends the run already.
+    """
     params = req.sampling_params
     if not (params.stop_strs or params.stop_regex_strs) and stop_ids(req).isdisjoint(run):
         return len(run)
     probe = copy.copy(req)
+    probe.grammar = None  # it has taken the whole run
     probe.output_ids = req.output_ids[:]
     for count, token in enumerate(run, start=1):
         probe.output_ids.append(token)

@@ -6,61 +6,41 @@ without speculation, whatever was drafted.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from sglang.srt.layers.sampler import apply_custom_logit_processor
-from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 from torch import Tensor
 
 from sglang_dflash import kernels
+from sglang_dflash.step.grammar import looks_ahead
 from sglang_dflash.step.penalties import Penalised
 from sglang_dflash.tree import DraftTree
 
 
 def depends_on_history(req: Any) -> bool:
-    """Whether a request's logits depend on the tokens before in ways that no tree is read with: grammars, processors.
+    """Whether a request's logits depend on the tokens before as no path can tell: custom logit processors, and grammars
+    that cannot look ahead.
 
     Such a request takes its one token at the root, as plain decoding does, while the rest of the batch walks on.
     """
-    return bool(req.grammar is not None or req.custom_logit_processor)
+    return bool(req.custom_logit_processor or (req.grammar is not None and not looks_ahead(req.grammar)))
 
 
-def adjust_logits(
-    logits: Tensor,
-    batch: Any,
-    tree: DraftTree,
-    penalised: Penalised | None,
-    grammar_barrier: Callable[[], None] | None,
-) -> None:
-    """Apply the batch's biases in place: penalties and logit bias at every node, what no tree is read with at the root.
+def adjust_logits(logits: Tensor, info: Any, tree: DraftTree, penalised: Penalised | None) -> None:
+    """Apply the batch's biases in place: penalties and logit bias at every node, custom processors at the root alone.
 
-    logits [bs, w, V].
+    logits [bs, w, V]; info: the batch's SamplingBatchInfo.
     """
-    info = batch.sampling_info
     if penalised is not None:
         penalised.along(logits, tree)
-    with_history = batch.has_grammar or info.has_custom_logit_processor
     if info.logit_bias is not None:
-        free = logits[:, 1:] if with_history else logits
-        free += info.logit_bias[:, None]
-    if not with_history:
+        logits += info.logit_bias[:, None]
+    if not info.has_custom_logit_processor:
         return
-    mask = None
-    if batch.has_grammar:
-        mask = build_grammar_vocab_mask(
-            reqs=batch.reqs,
-            tree=GrammarTree.from_linear_chain(tree.tokens[:, :1]),
-            sampling_info=info,
-            device=logits.device,
-            barrier=grammar_barrier,
-        )
     root = logits[:, 0].contiguous()
-    dataclasses.replace(info, grammar_mask=mask).apply_logits_bias(root)
-    if info.has_custom_logit_processor:
-        apply_custom_logit_processor(root, info)
+    apply_custom_logit_processor(root, info)
     logits[:, 0] = root
 
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import torch
 import yaml
-from client import Body, generate
+from client import Body, accept_length, generate
 from conftest import Plain
 from openai import AsyncOpenAI
 from prompts import SETTINGS
@@ -42,6 +42,13 @@ def test_setting_answers_as_plain_decoding(name: str, answers: dict[str, Body], 
     assert answers[name]["output_ids"] == truth["output_ids"]
     assert answers[name]["text"] == truth["text"]
     assert answers[name]["meta_info"]["finish_reason"] == truth["meta_info"]["finish_reason"]
+
+
+@pytest.mark.parametrize("name", ["json schema", "regex"])
+def test_a_request_with_a_grammar_drafts(name: str, server: str, short_bodies: list[Body], plain: Plain) -> None:
+    answers = generate(server, [{**short_bodies[0], **SETTINGS[name]}], 1)
+    assert answers[0]["output_ids"] == plain.settings[list(SETTINGS).index(name)]["output_ids"]
+    assert accept_length(answers) > 1
 
 
 def test_settings_change_the_text(plain: Plain) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +21,8 @@ from sglang_dflash import embedded
 from sglang_dflash.step.results import StepResult, count_live, emitted, settle_runs
 
 TEXT = "Take 3 apples a day.\nThen add: 4 + 5 = 9.\n\nAnd stop, please; or go on (as you like)."
+
+PROCESSOR = object.__new__(SchedulerBatchResultProcessor)  # what is asked of it here needs no state
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,7 @@ def test_what_is_behind_an_end_counts_nowhere(tokenizer: PreTrainedTokenizerBase
     ended.update_finish_state(len(ended.output_ids))
     retracted.is_retracted = True
     run = tokenizer.encode("so\nit is")
-    batch = SimpleNamespace(reqs=[ended, retracted, stops, goes_on])
+    batch = SimpleNamespace(reqs=[ended, retracted, stops, goes_on], has_grammar=False)
     result = StepResult(
         next_token_ids=torch.tensor([run] * 3 + [tokenizer.encode("and it is so far")[: len(run)]]).flatten(),
         accept_lens=torch.tensor([4, 4, 4, 3], dtype=torch.int32),
@@ -98,9 +104,63 @@ def test_what_is_behind_an_end_counts_nowhere(tokenizer: PreTrainedTokenizerBase
 
     counted: list[list[int]] = []
     result.learn = lambda nodes, lens, reqs: counted.extend([lens.tolist(), [len(req.output_ids) for req in reqs]])
-    assert settle_runs(original, None, result, batch) == [[], [], run[:2], run[:3]]
+    assert settle_runs(original, PROCESSOR, result, batch) == [[], [], run[:2], run[:3]]
     assert counted == [[0, 0, 2, 3], [len(ended.output_ids), 0, 0, 0]]
     assert (result.num_correct_drafts, result.get_num_generated_tokens(4)) == (3, 5)
     told: list[Any] = []
     count_live(lambda *args, **more: told.append((*args, more)), None, 4, 3, num_accept_tokens=5, num_cap_tokens=0)
     assert told == [(None, 2, 3, 5, {"num_cap_tokens": 0})]
+
+
+@pytest.mark.parametrize("params", [{}, {"stop": [": 4", "pples"]}, {"stop_token_ids": "2"}], ids=str)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_run_under_a_grammar_ends_where_plain_decoding_ends(
+    tokenizer: PreTrainedTokenizerBase, params: dict[str, Any], overlap: bool
+) -> None:
+    """Under overlap the grammar takes a run before it is settled. Behind the grammar's end there is a draft more."""
+    told = [*tokenizer.encode('{"a": 423, "b": "apples"}'), 0, *tokenizer.encode(" and so on")]
+    if digit := params.get("stop_token_ids"):
+        params = {"stop_token_ids": [tokenizer.encode(digit)[-1]]}
+    backend = XGrammarGrammarBackend(tokenizer, vocab_size=49152, model_eos_token_ids=[0])
+    properties = {"a": {"type": "integer"}, "b": {"type": "string"}}
+    grammar = backend.dispatch_json(json.dumps({"type": "object", "properties": properties, "required": ["a", "b"]}))
+    expected = one_by_one(request(tokenizer, **params), told)
+    for seed in range(6):
+        req, rng, at = request(tokenizer, **params), random.Random(seed), 0
+        req.grammar = grammar.copy()
+        while not req.finished():
+            run = told[at : at + rng.randint(1, 9)]
+            batch = SimpleNamespace(reqs=[req], has_grammar=True, forward_mode=ForwardMode.DECODE)
+            result = StepResult(
+                next_token_ids=torch.tensor([*run, 7]),
+                accept_lens=torch.tensor([len(run)], dtype=torch.int32),
+                speculative_output_stride=len(run) + 1,
+                speculative_num_draft_tokens=len(run) + 1,
+            )
+            if overlap:
+                PROCESSOR.advance_grammar_fsm(result, batch)
+            (kept,) = settle_runs(as_sglang_reads, PROCESSOR, result, batch)
+            assert len(kept) == int(result.accept_lens)
+            req.output_ids.extend(kept)
+            req.update_finish_state(len(kept))
+            at += len(kept)
+        assert (list(req.output_ids), req.finished_reason.to_json()) == expected
+
+
+def test_a_step_whose_grammar_breaks_counts_and_keeps_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    req = request(tokenizer)
+    req.grammar = XGrammarGrammarBackend(tokenizer, vocab_size=49152).dispatch_regex("[0-9]+").copy()
+    batch = SimpleNamespace(reqs=[req], has_grammar=True, forward_mode=ForwardMode.DECODE)
+    result = StepResult(
+        next_token_ids=torch.tensor(tokenizer.encode("no number")),
+        accept_lens=torch.tensor([2], dtype=torch.int32),
+        speculative_output_stride=2,
+        speculative_num_draft_tokens=2,
+    )
+    assert settle_runs(as_sglang_reads, PROCESSOR, result, batch) == [[]]
+    assert result.accept_lens.tolist() == [1] and req.to_finish is not None
+
+
+def as_sglang_reads(processor: Any, result: Any, batch: Any) -> list[list[int]]:
+    result.num_correct_drafts = int((result.accept_lens - 1).sum())
+    return list(result.grammar_retained_tokens)
