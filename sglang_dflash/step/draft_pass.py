@@ -69,7 +69,8 @@ class DraftRunner:
     def bind_pools(self) -> None:
         """Called once, when SGLang has made the draft's KV pool and attention backend; no graph is captured yet."""
         self._pools = rows_of(self.runner.token_to_kv_pool)
-        self.runner.attn_backend.reach = self.options.draft_window
+        backend = self.runner.attn_backend
+        backend.reach, backend.masks_are_causal = self.options.draft_window, self.options.draft.causal
 
     def write_context(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
         """Write committed tokens' target features into the draft's KV pool.
