@@ -17,6 +17,7 @@ from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
 from torch import Tensor
 
 from sglang_dflash.budget import Shape
+from sglang_dflash.draft.checkpoint import load_mask_embedding
 from sglang_dflash.draft.lattice import build_lattice
 from sglang_dflash.draft.selector import build_selector
 from sglang_dflash.kernels import Pools
@@ -51,6 +52,9 @@ class DraftRunner:
         self.network = self.runner.model
         self._embedding = target.model.get_input_embeddings()
         self.network.embed = self._embedding.forward
+        if options.mask_embedding is not None:
+            saved = load_mask_embedding(options.mask_embedding, options.draft)
+            self.network.mask_embedding = saved.to(self.network.norm.weight)  # device and type
         self._lm_head = target.model.lm_head
         self._logits = target.model.logits_processor._compute_lm_head
         self.follow_target()
