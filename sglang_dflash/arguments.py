@@ -15,7 +15,7 @@ from typing import Any
 from sglang_dflash import embedded
 from sglang_dflash.budget import Shape
 from sglang_dflash.checkpoints import Checkpoint
-from sglang_dflash.draft.checkpoint import check_tensors
+from sglang_dflash.draft.checkpoint import MASK_EMBEDDING, check_tensors, load_mask_embedding
 from sglang_dflash.draft.config import DraftConfig
 from sglang_dflash.kernels import limits
 from sglang_dflash.options import Options
@@ -76,7 +76,9 @@ def options_of(server_args: Any) -> Options:
         trees = {n: min(n, longest) for n in trees}
     shapes = [_shape(n, deep, draft, fixed) for n, deep in sorted(trees.items())]
     window = server_args.speculative_draft_window_size or draft.draft_window
-    return Options(draft, tuple(shapes), chain, top_k, window)
+    return Options(
+        draft, tuple(shapes), chain, top_k, window, _draft_checkpoint(server_args).beside(MASK_EMBEDDING)
+    )
 
 
 def _trees(bound: int, longest: int, top_k: int, chain: bool) -> dict[int, int]:
@@ -186,7 +188,7 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         _check_attention(server_args)
     else:
         _check_shared_memory(chosen)
-    _check_draft(server_args, chosen.draft)
+    _check_draft(server_args, chosen)
     for line in _said_at_start(server_args):
         logger.info("DFLASH: %s.", line)
     logger.info("DFLASH: %s.", _told(chosen))
@@ -295,8 +297,8 @@ def _check_attention(server_args: Any) -> None:
         )
 
 
-def _check_draft(server_args: Any, draft: DraftConfig) -> None:
-    target = _target(server_args)
+def _check_draft(server_args: Any, chosen: Options) -> None:
+    target, draft = _target(server_args), chosen.draft
     draft.check(
         hidden_size=target.hidden_size, vocab_size=target.vocab_size, num_layers=target.num_layers
     )
@@ -306,6 +308,8 @@ def _check_draft(server_args: Any, draft: DraftConfig) -> None:
     changed = "" if overrides == "{}" else f", changed by --json-model-override-args {overrides}"
     if shapes := checkpoint.tensor_shapes():
         check_tensors(shapes, draft, source=checkpoint.path + changed)
+    if chosen.mask_embedding is not None:
+        load_mask_embedding(chosen.mask_embedding, draft)
 
 
 def _check_shares(server_args: Any, draft: DraftConfig) -> None:
@@ -338,8 +342,6 @@ def _reasons(server_args: Any) -> Iterator[str]:
     who, reason = draft.served_by(checkpoint.tensor_shapes() if not draft.unserved else ())
     if who != "ours":
         yield f"the draft has {reason}"
-    if Path(checkpoint.path, "mask_embedding.pt").exists():
-        yield "the draft has a trained mask embedding (mask_embedding.pt)"
     yield from _reasons_in_arguments(server_args)
     target = _target(server_args)
     if target.unserved:

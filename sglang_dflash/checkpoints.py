@@ -27,6 +27,13 @@ class Checkpoint(NamedTuple):
             return Path(self.path)
         return _cached_folder(self) if self.is_on_hub else None
 
+    def beside(self, name: str) -> Path | None:
+        """A file beside its config.json, from the hub if need be; None where there is none."""
+        folder = self.folder()
+        if folder is None or (folder / name).is_file() or not self.is_on_hub:
+            return folder / name if folder is not None and (folder / name).is_file() else None
+        return _cached_file(self, name)
+
     def tensor_shapes(self) -> dict[str, Shape]:
         """Name and shape of every tensor, from headers alone; none where only SGLang knows the way to them.
 
@@ -67,6 +74,18 @@ def _cached_folder(checkpoint: Checkpoint) -> Path:
 
     path, revision, cache = checkpoint
     return Path(hf_hub_download(path, "config.json", revision=revision, cache_dir=cache)).parent
+
+
+@functools.cache
+def _cached_file(checkpoint: Checkpoint, name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError  # also where the hub is not asked, and the cache has none
+
+    path, revision, cache = checkpoint
+    try:
+        return Path(hf_hub_download(path, name, revision=revision, cache_dir=cache))
+    except EntryNotFoundError:
+        return None
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from sglang_dflash.budget import Shape
 from sglang_dflash.draft.config import DraftConfig
@@ -14,7 +15,7 @@ class Options:
 
     shapes: what a step may draft, ascending by nodes; one, where the user fixed it. chain: keep only the most probable
     path by greedy descent. top_k: candidates a position (K). draft_window: how many of a request's committed tokens,
-    the last ones, its draft sees; 0: all.
+    the last ones, its draft sees; 0: all. mask_embedding: the file of the mask's own embedding, if the draft has one.
     """
 
     draft: DraftConfig
@@ -22,6 +23,7 @@ class Options:
     chain: bool
     top_k: int
     draft_window: int = 0
+    mask_embedding: Path | None = None
 
     @property
     def largest(self) -> Shape:

@@ -298,11 +298,23 @@ def test_an_adapter_says_itself_what_it_changes(on_hopper: None, tmp_path: Path)
 
 def test_a_draft_with_more_than_its_network_goes_to_sglang(on_hopper: None, make_draft: MakeDraft) -> None:
     assert "architecture" in reason(draft=make_draft(architectures=["DFlashLagunaForCausalLM"]))
-    assert "input_embedding_scale 2.0" in reason(draft=make_draft(input_embedding_scale=2.0))
+    assert "residual_multiplier 2.0" in reason(draft=make_draft(residual_multiplier=2.0))
+    assert reason(draft=make_draft(input_embedding_scale=2.0)) == ""
+
+
+def test_a_mask_embedding_is_told_to_the_worker_and_checked_before_anything_is_loaded(
+    on_hopper: None, make_draft: MakeDraft
+) -> None:
     draft = make_draft()
-    assert reason(draft=draft) == ""
-    Path(draft, "mask_embedding.pt").touch()
-    assert "mask_embedding.pt" in reason(draft=draft)
+    args = ServerArgs(model_path=str(embedded.ensure().target), speculative_draft_model_path=draft)
+    assert options_of(args).mask_embedding is None
+    file = Path(draft, "mask_embedding.pt")
+    torch.save({"mask_token_id": 0, "embedding": torch.zeros(576)}, file)
+    assert options_of(args).mask_embedding == file and reason(draft=draft) == ""
+    settle(speculative_draft_model_path=draft)
+    torch.save({"mask_token_id": 7, "embedding": torch.zeros(576)}, file)
+    with pytest.raises(ValueError, match=r"mask_embedding\.pt is of mask token 7, and the draft's mask_token_id is 0"):
+        settle(speculative_draft_model_path=draft)
 
 
 NEMOTRON = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "M*-"}

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sglang_dflash.draft.config import DraftConfig
 
 Shape = tuple[int, ...]
 
 INDEX = "model.safetensors.index.json"
+MASK_EMBEDDING = "mask_embedding.pt"  # beside the weights, where the mask's embedding was trained too
 # Some exports add copies of the target's embedding and head, or constants: nothing of the draft.
 _NOT_THE_DRAFTS = ("embed_tokens.weight", "lm_head.weight")
 
 
 def own_name(name: str) -> str | None:
     """The tensor's name in our network, or None for one that is no part of the draft."""
-    name = name.removeprefix("model.")
+    name = name.removeprefix("model.").replace("_codebook.weight", "_codebook")  # z-lab's class has them as embeddings
     return None if name in _NOT_THE_DRAFTS or name.endswith("rotary_emb.inv_freq") else name
 
 
@@ -174,6 +177,34 @@ def check_shapes(shapes: dict[str, Shape], config: DraftConfig, *, source: str) 
             f"Draft checkpoint {source}: tensor {missing[0]}{more} missing, which its config.json asks for. "
             "Download its weights again."
         )
+
+
+def load_mask_embedding(file: Path, config: DraftConfig) -> Tensor:
+    """The trained embedding of the mask token, [H], as training wrote it: with the token, or alone.
+
+    Raises ValueError, naming the cure, for a file of another kind, token or width.
+    """
+    import torch
+
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch tells broken files apart by errors of many kinds
+        raise ValueError(f"{file} cannot be read as tensors ({error}): download it again.") from error
+    if isinstance(saved, dict):
+        token = saved.get("mask_token_id", config.mask_token_id)
+        if int(token) != config.mask_token_id:
+            raise ValueError(
+                f"{file} is of mask token {token}, and the draft's mask_token_id is {config.mask_token_id}: they are "
+                "of two checkpoints. Download both again."
+            )
+        saved = saved.get("embedding")
+    if not isinstance(saved, torch.Tensor) or saved.numel() != config.hidden_size:
+        shape = list(saved.shape) if isinstance(saved, torch.Tensor) else type(saved).__name__
+        raise ValueError(
+            f"{file} holds {shape}, and not one embedding of {config.hidden_size} numbers (one a position is not "
+            "served): give a draft with one for all positions."
+        )
+    return saved.flatten()
 
 
 def unknown_names(names: Iterable[str], config: DraftConfig) -> list[str]:

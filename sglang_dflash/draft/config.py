@@ -17,7 +17,6 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 # Scales and caps that other networks have, which ours would leave out; at these values nothing is left out.
 NEUTRAL = {
-    "input_embedding_scale": (None, 1),
     "embedding_multiplier": (None, 1),
     "residual_multiplier": (None, 1),
     "logits_scaling": (None, 1),
@@ -58,6 +57,8 @@ class DraftConfig:
     window_left: tuple[int, ...]
     """Per layer: how many positions before its own a token sees; -1: all."""
 
+    embedding_scale: float
+    """Of the block's tokens, as the target's embedding gives them."""
     output_multiplier: float
     softcap: float | None
     conv_taps: int
@@ -133,7 +134,8 @@ class DraftConfig:
             mask_token_id=_int(both, "mask_token_id", -1),
             target_layer_ids=_target_layer_ids(both, num_layers),
             causal_layers=_causal_layers(raw, dflash, num_layers),
-            window_left=_window_left(raw, num_layers),
+            window_left=_window_left(raw, dflash, num_layers),
+            embedding_scale=_float(both, "input_embedding_scale", 1.0),
             output_multiplier=_float(dflash, "output_multiplier", 1.0),
             softcap=_float(dflash, "final_logit_softcapping", 0.0) or None,
             conv_taps=_int(dflash, "conv_kernel_size"),
@@ -216,17 +218,20 @@ class DraftConfig:
                 )
         if 0 in self.window_left:
             raise ValueError(
-                "Draft config: layer_types has sliding_attention, but sliding_window is missing or below 2 "
-                "(transformers drops it unless use_sliding_window is true)."
+                "Draft config: layer_types has sliding_attention, or dflash_config.use_swa is true, but sliding_window "
+                "is missing or below 2 (transformers drops it unless use_sliding_window is true; "
+                "dflash_config.swa_window_size stays)."
             )
         if self.draft_window < 0:
             raise ValueError(
                 f"Draft config: dflash_config.draft_window is {self.draft_window}; it must be at least 1, or left out."
             )
-        if self.output_multiplier <= 0:
-            raise ValueError(
-                f"Draft config: output_multiplier is {self.output_multiplier}; it must be above 0."
-            )
+        for field, factor in (
+            ("input_embedding_scale", self.embedding_scale),
+            ("output_multiplier", self.output_multiplier),
+        ):
+            if not 0 < factor < float("inf"):
+                raise ValueError(f"Draft config: {field} is {factor}; it must be above 0, and finite.")
         if self.softcap is not None and self.softcap < 0:
             raise ValueError(
                 f"Draft config: final_logit_softcapping is {self.softcap}; it must not be below 0."
@@ -311,20 +316,22 @@ def _layer_types(raw: Mapping[str, Any], num_layers: int) -> list[str]:
 
 def _causal_layers(raw: Mapping[str, Any], dflash: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
     """`causal` (vLLM) and `causal_head` (JetSpec) in dflash_config, else `is_causal`, speak for all layers;
-    where none does, a sliding layer is causal and a full one is not.
+    where none does, a layer that layer_types calls sliding is causal and a full one is not.
     """
-    for value in (dflash.get("causal"), dflash.get("causal_head"), raw.get("is_causal")):
+    spoken = ("causal", "causal_head", "is_causal")
+    for value in (*map(dflash.get, spoken), raw.get("is_causal")):
         if value is not None:
             return (bool(value),) * num_layers
     return tuple(kind == "sliding_attention" for kind in _layer_types(raw, num_layers))
 
 
-def _window_left(raw: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+def _window_left(raw: Mapping[str, Any], dflash: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     """A checkpoint's window counts the token itself; ours does not. A missing one becomes 0, which `check`
-    refuses.
+    refuses. ModelOpt's `use_swa` lets every layer slide, and leaves layer_types at full attention.
     """
-    window = max(_int(raw, "sliding_window") - 1, 0)
-    return tuple(window if kind == "sliding_attention" else -1 for kind in _layer_types(raw, num_layers))
+    window = max(_int(dflash, "swa_window_size", _int(raw, "sliding_window")) - 1, 0)
+    slides = [bool(dflash.get("use_swa")) or kind == "sliding_attention" for kind in _layer_types(raw, num_layers)]
+    return tuple(window if sliding else -1 for sliding in slides)
 
 
 def _selector(architecture: str, dflash: Mapping[str, Any], rank: int) -> Literal["none", "tied", "free"]:
@@ -342,6 +349,8 @@ def _unserved(
     """Why this package does not serve a checkpoint, the most telling reason first."""
     both = {**raw, **dflash}
     scaling = rope_scaling or {}
+    if raw.get("transformer_layer_config"):
+        yield f"the format of Speculators ({raw.get('speculators_model_type')}, {architecture})"
     if architecture not in ARCHITECTURES:
         yield f"architecture {architecture}"
     if both.get("projector_type") not in (None, "", "none", "dflash", "dflash2"):
@@ -363,7 +372,7 @@ def _unserved(
         yield "its own embedding or head"
     if raw.get("draft_vocab_size") not in (None, raw.get("vocab_size")):
         yield "its own vocabulary"
-    if both.get("sample_from_anchor") is False or both.get("draft_shift"):
+    if both.get("sample_from_anchor") or both.get("draft_shift"):
         yield "a block shifted by one position"
     if raw.get("quantization_config") or raw.get("compression_config"):
         yield "quantised weights"

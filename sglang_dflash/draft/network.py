@@ -210,6 +210,8 @@ class DFlashDraftModel(nn.Module):
         """The target's embedding, [T] int64 -> [T, H]; set once by who loads the draft. A function, not a
         module: the target's weights are no part of ours.
         """
+        self.mask_embedding: Tensor | None = None
+        """What stands for the mask token instead, [H]; set with it, where the checkpoint has one."""
 
     def get_attention_sliding_window_size(self) -> int | None:
         """Positions a sliding layer sees before its own, None without such layers. SGLang asks."""
@@ -244,14 +246,20 @@ class DFlashDraftModel(nn.Module):
         """One block a request, as a window pass of w = forward_batch.spec_info.draft_token_num tokens.
 
         input_ids [bs * w] int64: the bonus token and the masks, looked up in the target's embedding, as a
-        draft has none of its own; positions [bs * w] int64. Returns hidden_states [bs * w, H] after the final
-        norm, for the target's head to read.
+        draft has none of its own, but for the mask's; positions [bs * w] int64. Returns hidden_states [bs * w, H]
+        after the final norm, for the target's head to read.
         """
-        hidden, residual = self.embed(input_ids), None
+        hidden, residual = self._embed(input_ids), None
         for layer in self.layers:
             hidden, residual = layer(positions, hidden, residual, forward_batch)
         hidden, _ = self.norm(hidden, residual)
         return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        config, hidden = self.draft_config, self.embed(input_ids)
+        if self.mask_embedding is not None:
+            hidden = torch.where((input_ids == config.mask_token_id)[:, None], self.mask_embedding, hidden)
+        return hidden if config.embedding_scale == 1 else hidden * config.embedding_scale
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Fill the network. Raises ValueError naming a missing, unknown or misshaped tensor."""

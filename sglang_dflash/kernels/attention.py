@@ -1,9 +1,48 @@
-"""Attention of a window to itself, joined with its attention to the prefix."""
+"""Attention of a window to itself, joined with its attention to the prefix; and who sees whom there.
+
+Row i of a window sees the prefix's keys from its first key on, and those keys of the window that a mask names. Whatever
+a layer is (full, sliding, causal, of a draft with a window of its own), it comes to these two, by its `Sight`.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Sight(NamedTuple):
+    """What a layer lets the rows of a window pass see; 0: all.
+
+    reach: how many tokens of the prefix, the last ones, every row sees: a draft's own window. window: how many
+    positions before its own a row sees, and as many after: a sliding layer; positions count by depth in a tree. causal:
+    no row sees one after it.
+    """
+
+    reach: int = 0
+    window: int = 0
+    causal: bool = False
+
+    @property
+    def prefix_keys(self) -> int:
+        """The most keys of the prefix that a row sees, the last ones; 0: all."""
+        return min((most for most in (self.reach, self.window) if most), default=0)
+
+    def first_keys(self, prefix_lens: Tensor, positions: Tensor) -> Tensor:
+        """The first key of the prefix that each row sees, [bs, w]. prefix_lens [bs], positions [bs, w]."""
+        first = torch.zeros_like(positions)
+        if self.reach:
+            first = torch.maximum(first, prefix_lens[:, None] - self.reach)
+        return torch.maximum(first, positions - self.window) if self.window else first
+
+    def within(self, mask: Tensor, positions: Tensor) -> Tensor:
+        """Of the window's keys that the pass's mask names, [bs, w, w] bool, those that this layer lets each row see."""
+        if self.causal:
+            mask = mask.tril()
+        if self.window:
+            mask = mask & ((positions[:, :, None] - positions[:, None]).abs() <= self.window)
+        return mask
 
 
 def window_attention(
@@ -59,12 +98,16 @@ def tree_attention(
     scale: float,
     softcap: float,
     reach: int = 0,
+    first_keys: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of a window pass, [bs * w, heads, size] in q's dtype: each window token sees the whole prefix and those
+    """Attention of a window pass, [bs * w, heads, size] in q's dtype: each window token sees the prefix and those
     window tokens that the mask names. Writes the window's keys and values into the caches.
 
     prefix_lens [bs] int32: tokens before the window; pages [bs, P] int32: where they are, page_size slots a page;
-    reach: how many tokens of the prefix, the last ones, are seen, 0: all; the others as in `window_attention`.
+    reach: how many tokens of the prefix, the last ones, are seen, 0: all; first_keys [bs, w] int32: the first that each
+    row sees, none of them before the reach; sinks [heads] float32: the score of a key that every row sees and whose
+    value is zero; the others as in `window_attention`.
     """
     bs, w, _ = mask.shape
     positions = torch.arange(pages.shape[1] * page_size, device=q.device)
@@ -77,8 +120,13 @@ def tree_attention(
     unseen = positions >= prefix_lens[:, None]
     if reach:
         unseen |= positions < prefix_lens[:, None] - reach
-    scores = scores.masked_fill(unseen[:, None, None], -torch.inf)
+    unseen = unseen[:, None].expand(bs, w, -1)
+    if first_keys is not None:
+        unseen = unseen | (positions < first_keys[..., None])
+    scores = scores.masked_fill(unseen[:, None], -torch.inf)
     lse = scores.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks[:, None])
     weights = (scores - lse[..., None]).exp().nan_to_num()  # no prefix, no weights
     out = torch.einsum("bhwl,blhd->bwhd", weights, values).reshape(q.shape)
     window_attention(q, k, v, mask, lse, out, key_cache, value_cache, slots, scale, softcap)

@@ -36,6 +36,8 @@ def tree_attention(
     scale: float,
     softcap: float,
     reach: int = 0,
+    first_keys: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     bs, w, _ = mask.shape
     (_, heads, size), kv_heads = q.shape, k.shape[1]
@@ -52,10 +54,12 @@ def tree_attention(
     kernel: Any = tree_attention_kernel
     kernel[(tiles, splits, bs)](
         q, k, v, mask.view(torch.uint8), prefix_lens, pages, key_cache, value_cache, slots, out, parts, sums,
-        counters(q.device), q.stride(0), k.stride(0), v.stride(0), pages.stride(0), scale, splits, reach,
+        counters(q.device), first_keys, sinks, q.stride(0), k.stride(0), v.stride(0), pages.stride(0), scale, splits,
+        reach,
         W=w, GROUP=heads // kv_heads, KV_HEADS=kv_heads, SIZE=size, PAGE=page_size, ROWS=rows,
         KEYS=keys, WINDOW=max(16, min(keys, triton.next_power_of_2(w))),
-        WORTH=WORTH, SPLIT=splits > 1, WRITE=slots is not None, REACH=reach > 0, SOFTCAP=softcap,
+        WORTH=WORTH, SPLIT=splits > 1, WRITE=slots is not None, REACH=reach > 0, FIRST=first_keys is not None,
+        SINK=sinks is not None, SOFTCAP=softcap,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
@@ -75,10 +79,10 @@ def counters(device: torch.device) -> Tensor:
 @triton.jit(do_not_specialize=["splits", "reach"])
 def tree_attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, lens_ptr, pages_ptr, key_cache, value_cache, slots_ptr, out_ptr, parts_ptr,
-    sums_ptr, counters_ptr, q_stride, k_stride, v_stride, pages_stride, scale, splits, reach,
+    sums_ptr, counters_ptr, first_ptr, sinks_ptr, q_stride, k_stride, v_stride, pages_stride, scale, splits, reach,
     W: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, WORTH: tl.constexpr, SPLIT: tl.constexpr,
-    WRITE: tl.constexpr, REACH: tl.constexpr, SOFTCAP: tl.constexpr,
+    WRITE: tl.constexpr, REACH: tl.constexpr, FIRST: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     tile, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head, first_row = tile % KV_HEADS, tile // KV_HEADS * ROWS
@@ -97,6 +101,12 @@ def tree_attention_kernel(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, SIZE], tl.float32)
+    if FIRST:
+        first_key = tl.load(first_ptr + token, mask=there, other=0)
+    if SINK:  # noqa: SIM102  # decided when the kernel is compiled, unlike the next
+        if split == used - 1:  # once: in the last of the programs that share these rows
+            top = tl.load(sinks_ptr + head, mask=there, other=0.0) * 1.4426950408889634
+            total = tl.full([ROWS], 1.0, tl.float32)
 
     share = tl.cdiv(tl.cdiv(prefix - before + W, used), KEYS) * KEYS
     end = tl.minimum(before + (split + 1) * share, prefix)
@@ -107,7 +117,10 @@ def tree_attention_kernel(
         cell = ((page * PAGE + keys % PAGE) * KV_HEADS + kv_head)[:, None] * SIZE + dims
         k = tl.load(key_cache + cell, mask=inside[:, None], other=0.0)
         v = tl.load(value_cache + cell, mask=inside[:, None], other=0.0)
-        top, total, acc = _attend(q, k, v, inside[None, :], top, total, acc, scale, SOFTCAP)
+        seen = inside[None, :]
+        if FIRST:
+            seen = seen & (keys[None, :] >= first_key[:, None])
+        top, total, acc = _attend(q, k, v, seen, top, total, acc, scale, SOFTCAP)
 
     if split == used - 1:
         for column in tl.static_range(0, W, WINDOW):

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from sglang_dflash.kernels.attention import Sight
 from sglang_dflash.platforms import PLAIN_ATTENTION
+from sglang_dflash.platforms.sight import sight_of
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -39,10 +40,9 @@ class Span:
     """Some requests of a forward pass with w query tokens each, and the L key slots they are padded to.
 
     tokens: rows of the batch's queries, b*w of them. slots [b*L] int64. prefix_lens [b]: keys before the
-    first query token, which every query sees. first_keys [b]: how many keys before those no query sees (None: 0).
+    first query token. first_keys [b]: how many keys before those no query sees (None: 0).
     query_pos [b, w]: positions of the query tokens, and of the keys they wrote. window_mask [b, w, w] bool: query i
-    may see the key of query j (None: any), if the layer is not causal or j <= i. padded: some request has fewer than L
-    keys.
+    may see the key of query j (None: any), if the layer lets it. padded: some request has fewer than L keys.
     """
 
     tokens: slice
@@ -55,41 +55,37 @@ class Span:
     padded: bool
     first_keys: torch.Tensor | None = None
     swa_slots: torch.Tensor | None = None
-    masks: dict[tuple[int, bool], torch.Tensor | None] = field(default_factory=dict)
+    masks: dict[Sight, torch.Tensor | None] = field(default_factory=dict)
 
-    def mask(self, sliding_window: int, bidirectional: bool, dtype: torch.dtype) -> torch.Tensor | None:
+    def mask(self, sight: Sight, dtype: torch.dtype) -> torch.Tensor | None:
         """Additive mask [b, 1, w, L] in dtype of the layers of one kind; None where everything is seen.
 
         The layers of a model are of few kinds, so each is built when its first layer asks.
         """
-        key = (sliding_window, bidirectional)
-        if key not in self.masks:
-            self.masks[key] = self._build_mask(sliding_window, bidirectional, dtype)
-        return self.masks[key]
+        if sight not in self.masks:
+            self.masks[sight] = self._build_mask(sight, dtype)
+        return self.masks[sight]
 
-    def is_plainly_causal(self, sliding_window: int, bidirectional: bool) -> bool:
+    def is_plainly_causal(self, sight: Sight) -> bool:
         """Whether query i sees exactly the first i+1 keys, which needs no mask tensor."""
         whole_prompt = self.b == 1 and self.w == self.slots.numel()
-        return whole_prompt and self.window_mask is None and sliding_window < 0 and not bidirectional
+        return whole_prompt and self.window_mask is None and sight == Sight(causal=True)
 
-    def _build_mask(self, sliding_window: int, bidirectional: bool, dtype: torch.dtype) -> torch.Tensor | None:
-        one_sees_all = self.w == 1 or (bidirectional and self.window_mask is None)
-        if one_sees_all and not self.padded and sliding_window < 0:
+    def _build_mask(self, sight: Sight, dtype: torch.dtype) -> torch.Tensor | None:
+        one_sees_all = self.w == 1 or (not sight.causal and self.window_mask is None)
+        if one_sees_all and not self.padded and not sight.window:
             return None
         b, w, key_count, device = self.b, self.w, self.slots.numel() // self.b, self.slots.device
         window = self.window_mask
         if window is None:
             window = torch.ones(b, w, w, dtype=torch.bool, device=device)
-        if not bidirectional:
-            window = window.tril()
         own = self.prefix_lens[:, None] + torch.arange(w, device=device)  # [b, w]: columns of the window's own keys
         columns = torch.arange(key_count, device=device)
         seen = (columns < self.prefix_lens[:, None])[:, None].repeat(1, w, 1)
-        seen.scatter_(2, own[:, None].expand(b, w, w), window)
-        if sliding_window >= 0:
-            before = columns if self.first_keys is None else columns + self.first_keys[:, None]
-            key_pos = before.expand(b, -1).scatter(1, own, self.query_pos)
-            seen &= key_pos[:, None] >= self.query_pos[:, :, None] - sliding_window
+        if sight.window:
+            before = columns if self.first_keys is None else columns + self.first_keys[:, None, None]
+            seen &= before >= sight.first_keys(self.prefix_lens, self.query_pos)[..., None]
+        seen.scatter_(2, own[:, None].expand(b, w, w), sight.within(window, self.query_pos))
         nothing = torch.zeros(b, 1, w, key_count, dtype=dtype, device=device)
         return nothing.masked_fill_(~seen[:, None], float("-inf"))
 
@@ -98,9 +94,9 @@ class PlainAttnBackend(AttentionBackend):
     """Decode, (chunked) extend and window passes for models with multi-head or grouped-query attention.
 
     A window pass is a TARGET_VERIFY forward over w = `spec_info.draft_token_num` tokens a request after its
-    committed prefix (`forward_batch.seq_lens`): token i sees the whole prefix and those window tokens j with
-    `spec_info.window_mask[b, i, j]` (bool [bs, w, w]; absent or None: all). In a layer that is not
-    encoder-only, also j <= i: a tree's parents come before their children, so its mask loses nothing by it.
+    committed prefix (`forward_batch.seq_lens`): token i sees the prefix and those window tokens j with
+    `spec_info.window_mask[b, i, j]` (bool [bs, w, w]; absent or None: all), each as far as the layer's `Sight` goes: it
+    is causal unless encoder-only, and a tree's parents come before their children, so its mask loses nothing by it.
 
     reach: how many tokens of the prefix, the last ones, a window pass sees; 0: all.
     """
@@ -222,6 +218,7 @@ class PlainAttnBackend(AttentionBackend):
 
         Returns [tokens, heads*v_head_dim] in q's dtype. Raises ValueError for a feature it does not have.
         """
+        sinks = kwargs.pop("sinks", None)
         if kwargs or layer.is_cross_attention:
             asked = "cross-attention" if layer.is_cross_attention else ", ".join(sorted(kwargs))
             raise ValueError(f"attention backend {PLAIN_ATTENTION} does not serve {asked} (layer {layer.layer_id})")
@@ -232,7 +229,7 @@ class PlainAttnBackend(AttentionBackend):
         in_swa = self.swa_pool is not None and self.swa_pool.layers_mapping[layer.layer_id][1]
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         with self.kernel():
-            outs = [self._attend(q[span.tokens], keys, values, layer, span, in_swa) for span in self.spans]
+            outs = [self._attend(q[span.tokens], keys, values, layer, span, in_swa, sinks) for span in self.spans]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     forward_decode = forward_extend
@@ -245,17 +242,18 @@ class PlainAttnBackend(AttentionBackend):
         layer: RadixAttention,
         span: Span,
         in_swa: bool,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        sliding_window = layer.sliding_window_size
-        bidirectional = layer.attn_type == AttentionType.ENCODER_ONLY
+        sight = sight_of(layer)
         slots = span.swa_slots if in_swa else span.slots
         q = q.view(span.b, span.w, *q.shape[1:]).transpose(1, 2)
         k = _gather(keys, slots, span.b, q.dtype)
         v = _gather(values, slots, span.b, q.dtype)
-        causal = layer.logit_cap == 0 and span.is_plainly_causal(sliding_window, bidirectional)
-        mask = None if causal else span.mask(sliding_window, bidirectional, q.dtype)
-        if layer.logit_cap > 0:
-            out = _capped_attention(q, k, v, mask, layer.scaling, layer.logit_cap)
+        by_hand = layer.logit_cap > 0 or sinks is not None
+        causal = not by_hand and span.is_plainly_causal(sight)
+        mask = None if causal else span.mask(sight, q.dtype)
+        if by_hand:
+            out = _attention_by_hand(q, k, v, mask, layer.scaling, layer.logit_cap, sinks)
         else:
             out = scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, scale=layer.scaling, enable_gqa=True
@@ -275,13 +273,26 @@ def _gather(buffer: torch.Tensor, slots: torch.Tensor, b: int, dtype: torch.dtyp
     return rows if rows.dtype == dtype else rows.to(dtype)
 
 
-def _capped_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, cap: float
+def _attention_by_hand(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    cap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention with scores squeezed into (-cap, cap) by tanh, which torch's own does not have."""
+    """Attention with what torch's own does not have: scores squeezed into (-cap, cap) by tanh, unless cap is 0; and
+    sinks [heads], each the score of one more key whose value is zero.
+    """
     group = q.shape[1] // k.shape[1]
-    scores = q @ k.repeat_interleave(group, dim=1).transpose(-1, -2)
-    scores = torch.tanh(scores.float() * (scale / cap)) * cap
+    scores = (q @ k.repeat_interleave(group, dim=1).transpose(-1, -2)).float() * scale
+    if cap > 0:
+        scores = torch.tanh(scores / cap) * cap
     if mask is not None:
         scores = scores + mask
-    return scores.softmax(-1).to(q.dtype) @ v.repeat_interleave(group, dim=1)
+    if sinks is not None:
+        sink = sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
+    return weights.to(q.dtype) @ v.repeat_interleave(group, dim=1)

@@ -18,6 +18,7 @@ from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
 from torch import Tensor
 
 from sglang_dflash.budget import Shape
+from sglang_dflash.draft.checkpoint import load_mask_embedding
 from sglang_dflash.draft.lattice import build_lattice
 from sglang_dflash.draft.selector import build_selector
 from sglang_dflash.kernels import Noise, Pools
@@ -54,6 +55,9 @@ class DraftRunner:
         self.network = self.runner.model
         self._embedding = target.model.get_input_embeddings()
         self.network.embed = self._embedding.forward
+        if options.mask_embedding is not None:
+            saved = load_mask_embedding(options.mask_embedding, options.draft)
+            self.network.mask_embedding = saved.to(self.network.norm.weight)  # device and type
         self._lm_head = target.model.lm_head
         self._logits = target.model.logits_processor._compute_lm_head
         self.follow_target()
@@ -74,7 +78,8 @@ class DraftRunner:
         """Called once, when SGLang has made the draft's KV pool and attention backend; no graph is captured yet."""
         self._pools = rows_of(self.runner.token_to_kv_pool)
         self._noise = KnownNoise(len(self.runner.req_to_token_pool.req_to_token), self._mask.device)
-        self.runner.attn_backend.reach = self.options.draft_window
+        backend = self.runner.attn_backend
+        backend.reach, backend.masks_are_causal = self.options.draft_window, self.options.draft.causal
 
     def write_context(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
         """Write committed tokens' target features into the draft's KV pool.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,7 +71,7 @@ class DenseBackend:
         if layer.sliding_window_size > -1:
             position = batch.positions.view(-1, w)[i]
             key_position = torch.cat([torch.arange(prefix), position])
-            seen &= key_position >= position[:, None] - layer.sliding_window_size
+            seen &= (key_position - position[:, None]).abs() <= layer.sliding_window_size
         group = layer.tp_q_head_num // layer.tp_k_head_num
         k = self.pool.k[layer.layer_id, slots].repeat_interleave(group, dim=1)
         v = self.pool.v[layer.layer_id, slots].repeat_interleave(group, dim=1)
@@ -106,6 +106,12 @@ class Bench:
         w, H].
         """
         bs, w, _ = embeds.shape
+        ids = torch.arange(bs * w).view(bs, w) + self.network.draft_config.mask_token_id + 1  # none is the mask
+        return self.tokens(ids, lambda asked: embeds.flatten(0, 1)[asked - ids[0, 0]], prefix_lens)
+
+    def tokens(self, ids: Tensor, embed: Callable[[Tensor], Tensor], prefix_lens: list[int]) -> Tensor:
+        """The same over tokens ids [bs, w], whose embeddings the target gives."""
+        bs, w = ids.shape
         lens = torch.tensor(prefix_lens)
         positions = (lens[:, None] + torch.arange(w)).flatten()
         rows = torch.arange(bs)
@@ -122,9 +128,9 @@ class Bench:
                 draft_token_num=w, window_mask=(mask.tril() if causal else mask).expand(bs, w, w)
             ),
         )
-        self.network.embed = lambda input_ids: embeds.flatten(0, 1)[input_ids]
+        self.network.embed = embed
         with forward_context(ForwardContext(attn_backend=DenseBackend(self.pool, self.req_to_token))):
-            out = self.network.forward(torch.arange(bs * w), positions, batch)
+            out = self.network.forward(ids.flatten(), positions, batch)
         return out.hidden_states.view(bs, w, -1)
 
 

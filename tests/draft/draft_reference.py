@@ -76,7 +76,7 @@ class Reference:
         seen = torch.cat([torch.ones(w, context, dtype=torch.bool), block], dim=1)
         if self.raw.get("layer_types", ["full_attention"] * 9)[layer] == "sliding_attention":
             distance = positions[context:, None] - positions[None]
-            seen &= distance < self.raw["sliding_window"]
+            seen &= distance.abs() < self.raw["sliding_window"]
         return seen
 
     def forward(self, context: Tensor, block: Tensor) -> Tensor:

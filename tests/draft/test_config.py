@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import CONVOLUTION, KINDS, LLAMA3, SELECTOR, VOCAB, H, config, weights
+from checkpoints import CONVOLUTION, KINDS, LLAMA3, SELECTOR, SLIDING, VOCAB, H, config, weights
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
@@ -57,6 +57,22 @@ def test_target_layers_are_spread_evenly_where_none_are_named() -> None:
     assert DraftConfig.from_dict(raw).target_layer_ids == (1, 9, 17, 25, 33)
 
 
+def test_windows_and_causality_by_layer() -> None:
+    """A window of s is the token and s - 1 before it; DFlash's own number is the one that transformers keeps."""
+    sliding = {"layer_types": SLIDING, "sliding_window": 6}
+    assert (read(sliding).window_left, read(sliding).causal_layers) == ((5, -1, 5), (True, False, True))
+    assert read(sliding, swa_window_size=9).window_left == (8, -1, 8)
+    everywhere = read({"sliding_window": 6}, use_swa=True)
+    assert (everywhere.window_left, everywhere.causal_layers) == ((5, 5, 5), (False, False, False))
+    assert read({}, use_swa=True, swa_window_size=9, causal=True).causal
+    assert read({"sliding_window": 6}, use_swa=False).window_left == (-1, -1, -1)
+    assert read(sliding, is_causal=False).causal_layers == (False, False, False)
+
+
+def test_masks_that_are_predicted_from_themselves_are_the_usual_layout() -> None:
+    assert read(sample_from_anchor=False).served_by() == ("ours", "")
+
+
 def test_block_size_stands_at_either_level_and_dflash_config_s_is_first() -> None:
     assert read(block_size=5).block_size == 5
     assert read({"block_size": 9}).block_size == 9
@@ -74,15 +90,13 @@ def test_block_size_stands_at_either_level_and_dflash_config_s_is_first() -> Non
         ({}, {"attention_value_scale": 0.5}, "attention values"),
         ({"has_embed_tokens": True}, {}, "its own embedding"),
         ({"draft_vocab_size": 30}, {}, "its own vocabulary"),
-        ({}, {"sample_from_anchor": False}, "shifted by one"),
+        ({}, {"sample_from_anchor": True}, "shifted by one"),
         ({}, {"draft_shift": True}, "shifted by one"),
         ({"quantization_config": {"quant_method": "fp8"}}, {}, "quantised"),
         ({"use_gemma_norm": True}, {}, "Gemma"),
         ({"hidden_act": "swigluoai"}, {}, "activation swigluoai"),
         ({}, {"attention_mode": "mla"}, "attention_mode mla"),
         ({"num_experts": 16}, {}, "mixture of experts"),
-        ({"input_embedding_scale": 12.0}, {}, "input_embedding_scale 12.0"),
-        ({}, {"input_embedding_scale": 0.5}, "input_embedding_scale 0.5"),
         ({"residual_multiplier": 0.2}, {}, "residual_multiplier 0.2"),
         ({"attn_logit_softcapping": 50.0}, {}, "attn_logit_softcapping 50.0"),
         ({"v_head_dim": 4}, {}, "keys and values of different sizes"),
@@ -135,6 +149,9 @@ def test_a_tensor_that_the_network_has_no_place_for_is_sglang_s() -> None:
         ({}, {"draft_window": -1}, "draft_window is -1; it must be at least 1, or left out"),
         ({}, {"draft_window": "256"}, "draft_window is '256'; it must be an integer"),
         ({}, {"output_multiplier": 0}, r"output_multiplier is 0\.0; it must be above 0"),
+        ({"input_embedding_scale": -1}, {}, r"input_embedding_scale is -1\.0; it must be above 0"),
+        ({}, {"input_embedding_scale": float("inf")}, "input_embedding_scale is inf"),
+        ({}, {"use_swa": True}, r"or dflash_config\.use_swa is true, but sliding_window is missing"),
         ({}, {"final_logit_softcapping": -1}, r"final_logit_softcapping is -1\.0"),
         ({}, {"conv_kernel_size": 3}, "conv_kernel_size 3 and conv_group_size 0 must be given together"),
         ({}, {**CONVOLUTION, "conv_group_size": 5}, "conv_group_size 5 does not divide hidden_size 32"),

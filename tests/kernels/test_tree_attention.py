@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from sglang_dflash.kernels import flash, plain
+from sglang_dflash.kernels.attention import Sight
 from sglang_dflash.platforms.cuda import FAST_CAPABILITIES
 
 MULTIPROCESSORS = 132  # an H100's, for the interpreter
@@ -36,6 +37,15 @@ class Case:
     softcap: float = 0.0
     writes: bool = True
     reach: int = 0
+    slides: int = 0
+    sinks: bool = False
+
+    def first_keys(self) -> torch.Tensor | None:
+        """Of rows whose window slides: each a place further than the row before, some on the same."""
+        if not self.slides:
+            return None
+        at = torch.tensor(self.prefixes)[:, None] + torch.arange(self.w) * 2 // 3
+        return Sight(self.reach, self.slides).first_keys(torch.tensor(self.prefixes), at).int()
 
 
 CASES = {
@@ -51,7 +61,15 @@ CASES = {
     "reach, split": Case((2100, 511, 4000), 4, 4, 1, 64, page_size=16, reach=512),
     "reach, wide": Case((900, 20), 40, 4, 2, 64, page_size=16, reach=33),
     "reach, one key": Case((50,), 16, 2, 1, 128, reach=1),
+    "slides": Case((0, 7, 99, 100, 101, 300), 5, 9, 3, 64, slides=100),
+    "slides, split": Case((2100, 511, 4000), 4, 4, 1, 64, page_size=16, slides=512),
+    "slides past the prefix": Case((900, 20, 3), 40, 4, 2, 64, page_size=16, slides=9),
+    "slides within a reach": Case((900, 20), 16, 4, 2, 64, reach=30, slides=33),
+    "sinks": Case((0, 7, 300), 3, 8, 2, 64, sinks=True),
+    "sinks, split": Case((900, 1, 2100), 4, 4, 1, 64, page_size=16, sinks=True),
+    "sinks, slides, wide": Case((640, 65), 64, 4, 1, 128, slides=70, sinks=True),
 }
+WHOLE = [name for name, case in CASES.items() if not (case.reach or case.slides)]
 
 
 def outputs(case: Case, dtype: torch.dtype, *ops: tuple[Op, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -67,18 +85,23 @@ def outputs(case: Case, dtype: torch.dtype, *ops: tuple[Op, int]) -> list[tuple[
     slots = (pages.gather(1, at // case.page_size) * case.page_size + at % case.page_size).flatten().long()
     caches = torch.randn(2, (bs * columns + 1) * case.page_size, case.kv_heads, case.size).to(dtype)
     caches[:, slots] = torch.nan  # what lies there before the window does is never read
-    if case.reach:  # nor what lies before the first key
+    most = Sight(case.reach, case.slides).prefix_keys
+    if most:  # nor what lies before the first key
         for row, length in zip(pages, case.prefixes, strict=True):
-            unseen = torch.arange(max(0, length - case.reach))
+            unseen = torch.arange(max(0, length - most))
             caches[:, (row[unseen // case.page_size] * case.page_size + unseen % case.page_size).long()] = torch.nan
     qkv = torch.randn(bs * w, case.heads + 2 * case.kv_heads, case.size).to(dtype)
     q, k, v = qkv.split([case.heads, case.kv_heads, case.kv_heads], 1)
     mask = (torch.rand(bs, w, w) < 0.3) | torch.eye(w, dtype=torch.bool)
+    first_keys, sinks = case.first_keys(), torch.randn(case.heads) * 3 if case.sinks else None
     results = []
     for op, reach in ops:
         own = caches.clone().nan_to_num() if op is plain.tree_attention else caches.clone()
         to = slots if case.writes else None
-        out = op(q, k, v, mask, lens, pages, case.page_size, *own, to, case.size**-0.5, case.softcap, reach)
+        out = op(
+            q, k, v, mask, lens, pages, case.page_size, *own, to, case.size**-0.5, case.softcap, reach, first_keys,
+            sinks,
+        )  # fmt: skip
         results.append((out.float(), own.nan_to_num()))
     return results
 
@@ -86,7 +109,8 @@ def outputs(case: Case, dtype: torch.dtype, *ops: tuple[Op, int]) -> list[tuple[
 def errors(case: Case, dtype: torch.dtype) -> tuple[float, bool]:
     """The widest difference to the plain op, of 1 + |value|, and whether both leave the same in the caches, and nothing
     in the counters."""
-    ops = (plain.tree_attention, case.reach), (flash.tree_attention, case.reach)
+    most = Sight(case.reach, case.slides).prefix_keys
+    ops = (plain.tree_attention, most), (flash.tree_attention, most)
     (want, filled), (got, also_filled) = outputs(case, dtype, *ops)
     left = int(flash.counters(got.device).abs().sum())
     return ((got - want).abs() / (1 + want.abs())).max().item(), torch.equal(filled, also_filled) and left == 0
@@ -145,13 +169,29 @@ def test_a_reach_of_w_is_w_keys_and_not_one_more_or_less() -> None:
         )
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.reach])
+def test_a_sight_names_each_row_s_first_key_and_neighbours() -> None:
+    """By hand: a tree of root, child, child's child and a second child, behind 10 tokens."""
+    lens, at = torch.tensor([10]), torch.tensor([[10, 11, 12, 11]])
+    seen = torch.ones(1, 4, 4, dtype=torch.bool)
+    assert Sight().first_keys(lens, at).tolist() == [[0, 0, 0, 0]]
+    assert Sight(reach=3).first_keys(lens, at).tolist() == [[7, 7, 7, 7]]
+    assert Sight(window=3).first_keys(lens, at).tolist() == [[7, 8, 9, 8]]
+    assert Sight(reach=2, window=3).first_keys(lens, at).tolist() == [[8, 8, 9, 8]]
+    assert Sight(reach=20, window=11).first_keys(lens, at).tolist() == [[0, 0, 1, 0]]
+    assert [Sight(*both).prefix_keys for both in ((0, 0), (3, 0), (0, 4), (3, 2))] == [0, 3, 4, 2]
+    near = [[1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]]
+    assert Sight(window=1).within(seen, at)[0].int().tolist() == near
+    assert torch.equal(Sight(causal=True).within(seen, at), seen.tril())
+    assert torch.equal(Sight(window=2).within(seen, at), seen)
+
+
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_reach_wider_than_every_prefix_changes_no_bit(interpreted: dict[str, tuple[float, bool]], name: str) -> None:
     assert interpreted[f"{name}, wide reach"] == [0.0, True]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.reach])
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_reach_wider_than_every_prefix_changes_no_bit_compiled(name: str) -> None:
     with torch.device("cuda"):
         assert changed(CASES[name], torch.bfloat16) == (0.0, True)
@@ -212,5 +252,5 @@ if __name__ == "__main__":
         for name, case in CASES.items()
         for dtype in ("float32", "float16")
     }
-    found |= {f"{name}, wide reach": changed(case, torch.float32) for name, case in CASES.items() if not case.reach}
+    found |= {f"{name}, wide reach": changed(CASES[name], torch.float32) for name in WHOLE}
     print(json.dumps(found))

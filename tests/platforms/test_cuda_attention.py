@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sglang.srt.layers.attention as sglang_attention
 import torch
+from sglang.srt.layers.radix_attention import AttentionType
 
 from sglang_dflash.platforms.cuda import SHORT_PREFIX
 
@@ -68,6 +69,15 @@ def batch(width: int, lens: list[int], mask: torch.Tensor | None, bound: int | N
     )
 
 
+def layer(**own: Any) -> Any:
+    """A RadixAttention of the target's, or of a causal draft's."""
+    usual = {
+        "layer_id": 0, "sliding_window_size": -1, "attn_type": AttentionType.DECODER, "tp_q_head_num": HEADS,
+        "tp_k_head_num": KV_HEADS, "tp_v_head_num": KV_HEADS, "head_dim": DIM, "scaling": 0.5, "logit_cap": 0.0,
+    }  # fmt: skip
+    return SimpleNamespace(**usual | own)
+
+
 @pytest.mark.parametrize(
     ("width", "bound", "in_one"),
     [
@@ -98,12 +108,8 @@ def test_a_draft_that_reaches_no_further_goes_one_way(
     given: list[Any] = []
     monkeypatch.setattr(attention.kernels, "tree_attention", lambda *a: given.append(a) or a[0])
     q, k, v = (torch.zeros(2 * WIDE, heads * DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    layer = SimpleNamespace(
-        layer_id=0, sliding_window_size=-1, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS,
-        head_dim=DIM, scaling=0.5, logit_cap=0.0,
-    )  # fmt: skip
-    backend.forward_extend(q, k, v, layer, batch(WIDE, [5, 6], None))
-    assert given[0][-1] == 96
+    backend.forward_extend(q, k, v, layer(), batch(WIDE, [5, 6], None))
+    assert given[0][-2:] == (96, None)
 
 
 def test_graphs_are_recorded_of_both_ways_where_there_are_two(attention: ModuleType, backend: Any) -> None:
@@ -162,10 +168,6 @@ def test_each_way_calls_its_kernels(
     calls: list[tuple[str, Any]] = []
     rows = 2 * WIDE
     q, k, v = (torch.zeros(rows, heads * DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    layer = SimpleNamespace(
-        layer_id=0, sliding_window_size=-1, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS,
-        head_dim=DIM, scaling=0.5, logit_cap=0.0,
-    )  # fmt: skip
 
     def note(name: str, *result: Any) -> Callable[..., Any]:
         return lambda *args, **named: (calls.append((name, (*args, named))), result)[1] if result else None
@@ -175,7 +177,7 @@ def test_each_way_calls_its_kernels(
     backend.get_paged_mha_kv_cache = lambda layer: ("keys", "values")
     backend.flash_attn_with_kvcache = note("prefix", torch.zeros(2, WIDE, HEADS, DIM), torch.zeros(HEADS, rows))
     backend.init_forward_metadata(batch(WIDE, [5, 6], None, SHORT_PREFIX + (not in_one)))
-    out = backend.forward_extend(q, k, v, layer, batch(WIDE, [5, 6], None), save)
+    out = backend.forward_extend(q, k, v, layer(), batch(WIDE, [5, 6], None), save)
     assert out.shape == (rows, HEADS * DIM)
     assert [name for name, _ in calls] == (["one"] if in_one else ["prefix", "window"])
     assert ("slots" in [a for a in calls[-1][1] if isinstance(a, str)]) is save
@@ -185,7 +187,72 @@ def test_each_way_calls_its_kernels(
         assert named["cache_seqlens"].tolist() == [5, 6]
 
 
-def test_a_sliding_window_is_refused(backend: Any) -> None:
-    layer = SimpleNamespace(layer_id=3, sliding_window_size=128)
-    with pytest.raises(NotImplementedError, match="layer 3 asks attention for a sliding window"):
-        backend.forward_extend(None, None, None, layer, batch(WIDE, [5], None))
+@pytest.fixture
+def called(attention: ModuleType, backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """The calls that a backend's layers make, by op."""
+    calls: list[tuple[str, Any]] = []
+    monkeypatch.setattr(attention.kernels, "tree_attention", lambda *a: calls.append(("one", a)) or a[0])
+    monkeypatch.setattr(attention.kernels, "window_attention", lambda *a: calls.append(("window", a)))
+    backend.get_paged_mha_kv_cache = lambda layer: ("keys", "values")
+    prefix = torch.zeros(2, WIDE, HEADS, DIM), torch.zeros(HEADS, 2 * WIDE)
+    backend.flash_attn_with_kvcache = lambda **named: calls.append(("prefix", named)) or prefix
+    return calls
+
+
+def run_layers(backend: Any, positions: torch.Tensor, mask: torch.Tensor, bound: int, *layers: Any) -> None:
+    given = batch(WIDE, [500, 6], mask, bound)
+    given.positions = positions.flatten()
+    backend.init_forward_metadata(given)
+    q, k, v = (torch.zeros(2 * WIDE, heads * DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    for one in layers:
+        backend.forward_extend(q, k, v, one, given)
+
+
+@pytest.mark.parametrize("bound", [SHORT_PREFIX, SHORT_PREFIX + 1])
+@pytest.mark.parametrize("reach", [0, 20, 90])
+def test_a_sliding_layer_goes_to_the_one_op_with_each_row_s_first_key(
+    backend: Any, called: list[tuple[str, Any]], reach: int, bound: int
+) -> None:
+    """A full layer beside it keeps its way, and its call."""
+    backend.reach, window = reach, 30
+    depths = torch.arange(WIDE) * 2 // 3
+    positions, mask = torch.tensor([[500], [6]]) + depths, torch.ones(2, WIDE, WIDE, dtype=torch.bool).tril()
+    sliding = layer(sliding_window_size=window)
+    run_layers(backend, positions, mask, bound, sliding, layer(), sliding)
+    in_one = reach > 0 or bound == SHORT_PREFIX
+    assert [name for name, _ in called] == ["one", *(["one"] if in_one else ["prefix", "window"]), "one"]
+    asked, full = called[0][1], called[-2][1]
+    assert asked[-2] == (min(reach, window) if reach else window)
+    first = torch.maximum(positions - window, torch.tensor([[500], [6]]) - (reach or 10**6)).clamp(min=0)
+    assert asked[-1].dtype == torch.int32 and torch.equal(asked[-1].long(), first)
+    near = (depths[:, None] - depths).abs() <= window
+    assert torch.equal(asked[3], mask & near) and not near.all()
+    assert called[-1][1][3] is asked[3], "worked out once a pass"
+    assert full[3] is backend._mask and (full[-2:] == (reach, None) if in_one else full[-1] == 0.0)
+
+
+def test_a_causal_layer_of_a_draft_that_is_not_sees_no_later_token(
+    backend: Any, called: list[tuple[str, Any]]
+) -> None:
+    backend.masks_are_causal = False
+    positions, mask = torch.arange(WIDE).repeat(2, 1), torch.ones(2, WIDE, WIDE, dtype=torch.bool)
+    both_ways = layer(attn_type=AttentionType.ENCODER_ONLY)
+    for bound in (SHORT_PREFIX, SHORT_PREFIX + 1):
+        called.clear()
+        run_layers(backend, positions, mask, bound, layer(), both_ways)
+        masks = [given[3] for name, given in called if name != "prefix"]
+        assert torch.equal(masks[0], mask.tril()) and masks[1] is backend._mask
+
+
+def test_what_a_graph_replays_is_worked_out_within_it(backend: Any, called: list[tuple[str, Any]]) -> None:
+    """Not in the passes before it that warm up: it would be of their lengths and positions for ever."""
+    positions, mask = torch.arange(WIDE).repeat(2, 1), torch.ones(2, WIDE, WIDE, dtype=torch.bool)
+    run_layers(backend, positions, mask, SHORT_PREFIX, layer(sliding_window_size=9))
+    assert backend._seen
+    backend.init_forward_metadata_in_graph(batch(WIDE, [5, 6], mask))
+    assert not backend._seen
+
+
+def test_what_an_op_does_not_have_is_refused(backend: Any) -> None:
+    with pytest.raises(NotImplementedError, match=r"layer 3 asks attention for \['sinks'\]"):
+        backend.forward_extend(None, None, None, layer(layer_id=3), batch(WIDE, [5], None), sinks=torch.zeros(HEADS))

@@ -33,6 +33,7 @@ class World:
         self.keys = [torch.randn(n, KV_HEADS, HEAD_DIM) for n in self.lens]
         self.values = [torch.randn(n, KV_HEADS, HEAD_DIM) for n in self.lens]
         self.queries = [torch.randn(n, HEADS, HEAD_DIM) for n in new_lens]
+        self.sinks: torch.Tensor | None = None
         self.positions = [torch.arange(p, n) for p, n in zip(prefix_lens, self.lens, strict=True)]
         # Slots in pages taken in a random order: never slot 0's page, which takes padding.
         pages = (torch.randperm(POOL // page - 1) + 1).tolist()
@@ -44,6 +45,11 @@ class World:
             self.slots.append(slots)
         for prefix, slots, k, v in zip(prefix_lens, self.slots, self.keys, self.values, strict=True):
             self.pool.set_kv_buffer(self.layer, slots[:prefix], k[:prefix], v[:prefix])
+
+    def sink(self, *sinks: float) -> World:
+        """Give each head the score of a key whose value is zero."""
+        self.sinks = torch.tensor(sinks)
+        return self
 
     def run(self, mode: ForwardMode, window_mask: torch.Tensor | None = None, reach: int = 0) -> torch.Tensor:
         """The backend's output [new tokens, heads, head_dim]; reach: of its window passes."""
@@ -72,7 +78,8 @@ class World:
         q, k, v = torch.cat(self.queries).flatten(1), self._new(self.keys), self._new(self.values)
         with torch.device("meta"):  # a tensor made where torch pleases, and not where the pool is, is of no use
             backend.init_forward_metadata(batch)
-            return backend.forward(q, k, v, self.layer, batch).view(-1, HEADS, HEAD_DIM)
+            asked = {} if self.sinks is None else {"sinks": self.sinks}
+            return backend.forward(q, k, v, self.layer, batch, **asked).view(-1, HEADS, HEAD_DIM)
 
     def _new(self, per_request: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([x[p:] for p, x in zip(self.prefix_lens, per_request, strict=True)])
@@ -97,14 +104,18 @@ class World:
 
     def _within(self, key_pos: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         left = self.layer.sliding_window_size
-        return key_pos >= position - left if left >= 0 else torch.ones_like(key_pos, dtype=torch.bool)
+        return (key_pos - position).abs() <= left if left >= 0 else torch.ones_like(key_pos, dtype=torch.bool)
 
     def _head(self, b: int, i: int, h: int, seen: torch.Tensor) -> torch.Tensor:
         group = h // (HEADS // KV_HEADS)
         scores = self.keys[b][seen, group].double() @ self.queries[b][i, h].double() / math.sqrt(HEAD_DIM)
         if self.layer.logit_cap > 0:
             scores = self.layer.logit_cap * torch.tanh(scores / self.layer.logit_cap)
-        return scores.softmax(0) @ self.values[b][seen, group].double()
+        values = self.values[b][seen, group].double()
+        if self.sinks is not None:
+            scores = torch.cat([scores, self.sinks[h : h + 1].double()])
+            values = torch.cat([values, values.new_zeros(1, HEAD_DIM)])
+        return scores.softmax(0) @ values
 
 
 def random_trees(bs: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,6 +139,7 @@ LAYERS = [
     pytest.param({"logit_cap": 0.5}, id="capped"),
     pytest.param({"attn_type": AttentionType.ENCODER_ONLY}, id="bidirectional"),
     pytest.param({"attn_type": AttentionType.ENCODER_ONLY, "sliding_window_size": 6}, id="bidirectional-sliding"),
+    pytest.param({"attn_type": AttentionType.ENCODER_ONLY, "sliding_window_size": 2}, id="narrower than its windows"),
 ]
 pages = pytest.mark.parametrize("page", [1, 16])
 layers = pytest.mark.parametrize("layer", LAYERS)
@@ -215,6 +227,25 @@ def test_what_pads_a_reached_span_stays_within_the_slot_table() -> None:
     world = World([60, 5], [7, 7], 1)
     world.req_to_token = world.req_to_token[:, :67].clone()
     assert_same(world.run(ForwardMode.TARGET_VERIFY, reach=57), world.reference(reach=57))
+
+
+SINKS = (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
+
+
+@layers
+def test_a_sink_takes_its_share_of_every_head(layer: dict) -> None:
+    prefix_lens = [25, 0, 4]
+    mask, depth = random_trees(3, 7)
+    for mode, new, given in ((ForwardMode.TARGET_VERIFY, 7, mask), (ForwardMode.EXTEND, 7, None)):
+        world = World(prefix_lens, [new] * 3, 1, **layer).sink(*SINKS)
+        if mode.is_target_verify():
+            world.positions = [p + d for p, d in zip(prefix_lens, depth, strict=True)]
+        with_sinks = world.run(mode, given)
+        assert_same(with_sinks, world.reference(given))
+        world.sinks = None
+        assert (with_sinks - world.run(mode, given)).abs().max() > 1e-2
+    world = World([25, 4], [1, 1], 1, **layer).sink(*SINKS)
+    assert_same(world.run(ForwardMode.DECODE), world.reference())
 
 
 @layers

@@ -1,11 +1,13 @@
 """Attention of window passes on Hopper and Ampere, in one of two ways, whichever is faster.
 
-Every window token sees the whole prefix, so that part is plain attention without a mask, however long it is. What a
-token sees of its window is a few ancestors. Narrow windows, and all windows behind short prefixes, are attended to by
-one op of ours. Where wide windows meet a long prefix, FlashAttention-3 attends to it, and a second op joins what each
-token sees of its window. No mask as long as the context is ever made, and nothing is planned on the host.
+In most layers every window token sees the whole prefix, so that part is plain attention without a mask, however long it
+is. What a token sees of its window is a few ancestors. Narrow windows, and all windows behind short prefixes, are
+attended to by one op of ours. Where wide windows meet a long prefix, FlashAttention-3 attends to it, and a second op
+joins what each token sees of its window. No mask as long as the context is ever made, and nothing is planned on the
+host.
 
-A draft that sees only the last tokens of its context never meets a long prefix: its passes go to the one op.
+A draft that sees only the last tokens of its context never meets a long prefix: its passes go to the one op, and so do
+all layers with a sliding window.
 
 Which way a pass goes is decided by the longest prefix that the host thinks possible; CUDA graphs are recorded of both.
 """
@@ -21,7 +23,9 @@ from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_atte
 from torch import Tensor
 
 from sglang_dflash import kernels
+from sglang_dflash.kernels.attention import Sight
 from sglang_dflash.platforms.cuda import SHORT_PREFIX, is_narrow
+from sglang_dflash.platforms.sight import sight_of
 
 
 def capture_both_ways(capture: Callable[[Any], None], runner: Any) -> None:
@@ -47,13 +51,15 @@ class Ways:
 class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
     """SGLang's FlashAttention-3 backend, with window passes (TARGET_VERIFY) under `spec_info.window_mask`.
 
-    window_mask [bs, w, w] bool: window token i sees window token j, in every layer. The keys and values of the window
-    are written by the same kernel that attends to them.
+    window_mask [bs, w, w] bool: window token i sees window token j, where the layer lets it. The keys and values of the
+    window are written by the same kernel that attends to them.
 
-    reach: how many tokens of the prefix, the last ones, a window pass sees; 0: all.
+    reach: how many tokens of the prefix, the last ones, a window pass sees; 0: all. masks_are_causal: a pass's mask
+    names no later token, so that no layer needs to leave one out.
     """
 
     reach = 0
+    masks_are_causal = True
 
     def ways(self, width: int) -> type[Ways] | None:
         """Of attending to windows of this width; None if there is one."""
@@ -87,7 +93,7 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
                 mask = torch.ones(bs, width, width, dtype=torch.bool, device=self.device)
             self._in_one = self._has_one_way(width) or Ways.select(forward_batch) == Ways.short
             self._bind(forward_batch.seq_lens.to(torch.int32), mask.contiguous())
-            self._schedule()
+            self._begin()
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
@@ -105,10 +111,15 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         super().init_forward_metadata_in_graph(forward_batch)
         if forward_batch.forward_mode.is_target_verify():
-            self._schedule()
+            self._begin()
 
     def _bind(self, prefix_lens: Tensor, mask: Tensor) -> None:
         self._prefix_lens, self._mask = prefix_lens, mask
+
+    def _begin(self) -> None:
+        """Before a pass's layers: a captured graph holds what is launched from here on."""
+        self._seen: dict[Sight, tuple[Tensor, Tensor | None]] = {}
+        self._schedule()
 
     def _schedule(self) -> None:
         """Share the prefix's tiles out among the multiprocessors: once a pass, as all layers read the same lengths."""
@@ -134,27 +145,55 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
     ) -> Tensor:
         if not forward_batch.forward_mode.is_target_verify():
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        if kwargs or layer.sliding_window_size > -1:
+        if kwargs:
             raise NotImplementedError(
-                f"layer {layer.layer_id} asks attention for {sorted(kwargs) or 'a sliding window'}, which window "
-                "passes do not have: serve this model without DFLASH"
+                f"layer {layer.layer_id} asks attention for {sorted(kwargs)}, which window passes do not have: serve "
+                "this model without DFLASH"
             )
+        sight = self._sight(layer)
         q, k, v = (
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_v_head_num, layer.head_dim),
         )
         window = forward_batch.out_cache_loc if save_kv_cache else None
-        attend = self._attend_in_one if self._in_one else self._attend_in_two
-        out = attend(q, k, v, layer, window)
+        mask, first_keys = self._seen_by(sight, forward_batch)
+        if self._in_one or sight.window:
+            out = self._attend_in_one(q, k, v, layer, window, mask, sight.prefix_keys, first_keys)
+        else:
+            out = self._attend_in_two(q, k, v, layer, window, mask)
         return out.view(len(out), -1)
 
-    def _attend_in_one(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, slots: Tensor | None) -> Tensor:
+    def _sight(self, layer: Any) -> Sight:
+        sight = sight_of(layer, self.reach)
+        return sight._replace(causal=False) if self.masks_are_causal else sight
+
+    def _seen_by(self, sight: Sight, forward_batch: Any) -> tuple[Tensor, Tensor | None]:
+        """The window's keys that each row of such a layer sees, and its first of the prefix; once a pass and kind."""
+        if not (sight.window or sight.causal):
+            return self._mask, None
+        if sight not in self._seen:
+            positions = forward_batch.positions.view(self._mask.shape[:2])
+            first_keys = sight.first_keys(self._prefix_lens, positions).to(torch.int32) if sight.window else None
+            self._seen[sight] = sight.within(self._mask, positions), first_keys
+        return self._seen[sight]
+
+    def _attend_in_one(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: Any,
+        slots: Tensor | None,
+        mask: Tensor,
+        reach: int,
+        first_keys: Tensor | None,
+    ) -> Tensor:
         return kernels.tree_attention(
             q,
             k,
             v,
-            self._mask,
+            mask,
             self._prefix_lens,
             self.forward_metadata.page_table,
             self.page_size,
@@ -162,10 +201,13 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
             slots,
             layer.scaling,
             layer.logit_cap,
-            self.reach,
+            reach,
+            first_keys,
         )
 
-    def _attend_in_two(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, slots: Tensor | None) -> Tensor:
+    def _attend_in_two(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, slots: Tensor | None, mask: Tensor
+    ) -> Tensor:
         bs, width, _ = self._mask.shape
         keys, values = self.get_paged_mha_kv_cache(layer)
         out, lse, *_ = self.flash_attn_with_kvcache(
@@ -187,7 +229,7 @@ class WindowAttentionBackend(flashattention_backend.FlashAttentionBackend):
             q,
             k,
             v,
-            self._mask,
+            mask,
             lse,
             out,
             *self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
