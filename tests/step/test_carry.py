@@ -24,13 +24,13 @@ class Pool:
         return self.free
 
 
-def make(prompt: int, max_new_tokens: int, grammar: Any = None) -> Any:
+def make(prompt: int, max_new_tokens: int, processor: str | None = None) -> Any:
     return SimpleNamespace(
         origin_input_ids=[5] * prompt,
         sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens),
         kv=SimpleNamespace(kv_allocated_len=prompt, kv_committed_len=prompt),
-        grammar=grammar,
-        custom_logit_processor=None,
+        grammar=None,
+        custom_logit_processor=processor,
         decode_batch_idx=0,
     )
 
@@ -112,7 +112,7 @@ def test_two_requests_in_a_full_pool_are_not_both_kept(monkeypatch: pytest.Monke
 
 
 def test_a_request_whose_logits_depend_on_history_walks_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = batch_of([make(8, 20), make(8, 20, custom_logit_processor="it")], Pool(1000, 1), 500)
+    batch = batch_of([make(8, 20), make(8, 20, "a processor")], Pool(1000, 1), 500)
     made = prepare(monkeypatch, batch, 4)
     assert made.bounds[1].tolist() == [28, 0]
     assert made.drafting == [True, False]
