@@ -19,7 +19,7 @@ from sglang_dflash.draft.checkpoint import MASK_EMBEDDING, check_tensors, load_m
 from sglang_dflash.draft.config import DraftConfig
 from sglang_dflash.kernels import limits
 from sglang_dflash.options import Options
-from sglang_dflash.platforms import PLAIN_ATTENTION, cuda, other_attention
+from sglang_dflash.platforms import PLAIN_ATTENTION, cpu, cuda, other_attention
 from sglang_dflash.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         speculative_draft_window_size=None,
         speculative_draft_model_quantization=None,  # SGLang lets a draft inherit its target's
         **_settled_admission(server_args, chosen),
-        **({} if on_cpu else _settled_on_cuda(server_args)),
+        **(_settled_on_cpu(server_args) if on_cpu else _settled_on_cuda(server_args)),
     )
     original(server_args)
     # SGLang reads it no more: what remains of it is a path's length, by which accept rates are told (metrics.py).
@@ -268,6 +268,11 @@ def _settled_admission(server_args: Any, chosen: Options) -> dict[str, int]:
     if view.max_running_requests is None and len(chosen.shapes) > 1:
         settled["max_running_requests"] = max(SGLANGS_REQUESTS, view.cuda_graph_config.decode.max_bs or 0)
     return settled
+
+
+def _settled_on_cpu(server_args: Any) -> dict[str, Any]:
+    """Sliding layers keep all their keys: a tree's are moved in one pool, by one slot for all layers."""
+    return {"disable_hybrid_swa_memory": True} if _target(server_args).two_pools else {}
 
 
 def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
@@ -351,6 +356,7 @@ def _reasons(server_args: Any) -> Iterator[str]:
             yield f"the target is quantised ({target.quantization})"
         if _lora_modules(server_args) is not None:
             yield "LoRA adapters are asked for"
+        yield from cpu.BACKEND.lacks(target)
     elif current_platform.device_type != "cuda":
         yield f"trees run on CUDA and on a plain CPU, not on {current_platform.device_name!r}"
     elif reason := _reason_on_cuda(server_args, draft, target):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_dflash.checkpoints import Checkpoint
+from sglang_dflash.platforms import Need
 
 KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16"}  # those of --kv-cache-dtype that a model can have too
 # Methods that quantise the embedding or the head whatever the checkpoint's config says.
@@ -21,7 +22,8 @@ class Target:
     """A target's shape, and why this package does not serve it.
 
     dtype: of its activations, as torch names it. quantization: SGLang's name of the method, empty for none.
-    layer_types: kinds of layers that the config names. unserved: the reason, empty if any platform may serve it.
+    needs: what not every attention backend does, in words. two_pools: SGLang keeps keys of sliding layers in a pool of
+    their own. unserved: why no platform serves it, empty if one may.
     """
 
     hidden_size: int
@@ -30,7 +32,8 @@ class Target:
     head_dim: int
     dtype: str
     quantization: str
-    layer_types: frozenset[str]
+    needs: Mapping[Need, str]
+    two_pools: bool
     unserved: str
 
     @classmethod
@@ -44,7 +47,8 @@ class Target:
             head_dim=model_config.head_dim,
             dtype=dtype,
             quantization=model_config.quantization or "",
-            layer_types=frozenset(getattr(model_config.hf_text_config, "layer_types", None) or ()),
+            needs=dict(_needs(model_config)),
+            two_pools=model_config.is_hybrid_swa,
             unserved=next(_unserved(model_config, checkpoint, kv_cache_dtype, dtype), ""),
         )
 
@@ -60,6 +64,17 @@ def _unserved(model_config: Any, checkpoint: Checkpoint, kv_cache_dtype: str, dt
             yield from _unserved_cache(config)
 
 
+def _needs(model_config: Any) -> Iterator[tuple[Need, str]]:
+    architecture = model_config.hf_config.architectures[0]
+    kinds = set(getattr(model_config.hf_text_config, "layer_types", None) or ())
+    if model_config.is_hybrid_swa or "sliding_attention" in kinds:
+        yield Need.WINDOWS, f"the target, {architecture}, has layers with a sliding window"
+    if model_config.has_attention_sinks:
+        yield Need.SINKS, f"the target, {architecture}, has attention sinks"
+    if other := sorted(kinds - {"full_attention", "sliding_attention"}):
+        yield Need.OTHER_LAYERS, f"the target, {architecture}, has layers of {other[0]}"
+
+
 def _unserved_layers(model_config: Any) -> Iterator[str]:
     """What needs another KV pool than keys and values of all tokens, one row a slot; as SGLang tells them apart."""
     from sglang.srt.configs.hybrid_arch import mambaish_config
@@ -70,12 +85,10 @@ def _unserved_layers(model_config: Any) -> Iterator[str]:
         yield f"the target, {architecture}, has multi-head latent attention"
     if model_config.attention_arch == AttentionArch.SSM or mambaish_config(model_config) is not None:
         yield f"the target, {architecture}, has layers that keep a state (Mamba, linear attention, convolutions)"
-    if model_config.is_hybrid_swa:
-        yield f"the target, {architecture}, has layers with a sliding window"
+    if model_config.is_hybrid_swa and model_config.is_hybrid_swa_compress:
+        yield f"the target, {architecture}, has sliding layers whose keys are of another shape"
     if model_config.is_local_attention_model:
         yield f"the target, {architecture}, has layers with chunked attention"
-    if model_config.has_attention_sinks:
-        yield f"the target, {architecture}, has attention sinks"
     if model_config.has_asymmetric_kv:
         yield f"the target, {architecture}, has keys and values of different sizes"
 

@@ -325,6 +325,14 @@ GPT_OSS = {
     "model_type": "gpt_oss",
     "layer_types": ["sliding_attention", "full_attention"] * 15,
 }
+MUSE = {
+    "architectures": ["MuseGlimmerForCausalLM"],
+    "model_type": "muse_glimmer",
+    "layer_types": ["sliding_attention", "full_attention"] * 15,
+    "no_rope_layers": [1, 0] * 15,
+    "sliding_window": 16,
+}
+CHUNKED = {"layer_types": ["full_attention", "chunked_attention"] * 15}
 DEEPSEEK = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
@@ -362,7 +370,9 @@ def make_target(tmp_path: Path) -> Callable[..., str]:
         (NEMOTRON, {}, "NemotronHForCausalLM, has layers that keep a state"),
         (QWEN, {}, "Qwen3NextForCausalLM, has layers that keep a state"),
         (FALCON, {}, "FalconH1ForCausalLM, has layers that keep a state"),
-        (GPT_OSS, {}, "GptOssForCausalLM, has layers with a sliding window"),
+        (GPT_OSS, {}, "GptOssForCausalLM, has layers with a sliding window, which window passes of fa3 do not serve"),
+        (MUSE, {}, "MuseGlimmerForCausalLM, has layers with a sliding window, which window passes of fa3 do not serve"),
+        (CHUNKED, {}, "LlamaForCausalLM, has layers of chunked_attention, which"),
         (DEEPSEEK, {}, "DeepseekV2ForCausalLM, has multi-head latent attention"),
         ({"head_dim": 80}, {}, "target's head size 80"),
         ({"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}, {}, ""),
@@ -395,6 +405,24 @@ def test_what_no_window_pass_serves_of_a_target(
 )
 def test_a_plain_cpu_serves_less(pair: embedded.Pair, arguments: dict[str, Any], told: str) -> None:
     assert told in reason(**arguments)
+
+
+def test_a_plain_cpu_serves_sliding_targets_from_one_pool(
+    pair: embedded.Pair, make_target: Callable[..., str]
+) -> None:
+    """A tree's keys are moved by one slot for all layers."""
+    target = make_target(**MUSE)
+    assert reason(target=target) == "" and reason(target=target, disable_hybrid_swa_memory=True) == ""
+    settled = resolve(model_path=target, speculative_draft_model_path=str(embedded.DRAFT))
+    assert resolving_view(settled).disable_hybrid_swa_memory
+    assert not resolving_view(resolve()).disable_hybrid_swa_memory
+
+
+def test_sliding_layers_with_keys_of_another_shape_are_handed_over(
+    pair: embedded.Pair, make_target: Callable[..., str]
+) -> None:
+    gemma = make_target(architectures=["Gemma4ForCausalLM"], layer_types=MUSE["layer_types"])
+    assert "Gemma4ForCausalLM, has sliding layers whose keys are of another shape" in reason(target=gemma)
 
 
 def test_a_draft_does_not_inherit_its_targets_quantisation(on_hopper: None) -> None:

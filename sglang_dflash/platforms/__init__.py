@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 PLAIN_ATTENTION = "plain_torch"  # SGLang's name for the attention backend in plain_attention.py
+
+
+class Need(Enum):
+    """What some targets ask of window passes, and not every attention backend does in one."""
+
+    WINDOWS = auto()  # layers that slide
+    SINKS = auto()
+    OTHER_LAYERS = auto()  # kinds of layers that neither slide nor see all
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the window passes of an attention backend can do, as SGLang names it; head_sizes: none named, any."""
+
+    name: str
+    does: frozenset[Need] = frozenset()
+    head_sizes: tuple[int, ...] = ()
+
+    def lacks(self, target: Any) -> Iterator[str]:
+        """What the target needs and this backend does not do, as parts of a sentence."""
+        for need, words in target.needs.items():
+            if need not in self.does:
+                yield f"{words}, which window passes of {self.name} do not serve here yet"
+        if self.head_sizes and target.head_dim not in self.head_sizes:
+            yield f"the target's head size {target.head_dim} is not {either(self.head_sizes)}"
+
+
+def either(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
+
 
 _ATTENTION_ARGUMENTS = (
     "attention_backend",

@@ -10,7 +10,7 @@ import pytest
 
 from sglang_dflash import embedded
 from sglang_dflash.draft.config import DraftConfig
-from sglang_dflash.platforms import cuda
+from sglang_dflash.platforms import Need, cuda
 from sglang_dflash.targets import Target
 
 ASKED = {
@@ -28,7 +28,8 @@ TARGET = Target(
     head_dim=64,
     dtype="bfloat16",
     quantization="",
-    layer_types=frozenset(),
+    needs={},
+    two_pools=False,
     unserved="",
 )
 
@@ -37,7 +38,7 @@ TARGET = Target(
     ("asked", "draft", "target", "capability", "reason"),
     [
         ({}, {}, {}, (9, 0), ""),
-        ({"attention_backend": "fa3"}, {}, {"layer_types": frozenset({"full_attention"})}, (8, 0), ""),
+        ({"attention_backend": "fa3"}, {}, {}, (8, 0), ""),
         ({}, {}, {}, (10, 0), "FlashAttention-3, which compute capability 10.0 has not"),
         ({"attention_backend": "triton"}, {}, {}, (9, 0), "--attention-backend triton reads no tree, fa3 does"),
         ({"tp_size": 2}, {}, {}, (9, 0), "--tp-size 2 is more than one"),
@@ -45,13 +46,15 @@ TARGET = Target(
         ({"dtype": "float", "attention_backend": "plain_torch"}, {}, {}, (12, 0), ""),
         ({"dtype": "float32", "attention_backend": "fa3"}, {}, {}, (9, 0), "fa3 reads no tree, plain_torch does"),
         ({"speculative_draft_attention_backend": "plain_torch"}, {}, {}, (9, 0), "reads no tree, fa3 does"),
-        ({}, {}, {"layer_types": frozenset({"full_attention", "sliding_attention"})}, (9, 0), "of sliding_attention"),
+        ({}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (9, 0), "it slides, which window passes of fa3 do not serve"),
+        ({}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (9, 0), "it has sinks, which window passes of fa3 do not"),
+        ({"dtype": "float32"}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (9, 0), "window passes of plain_torch do"),
         ({}, {}, {"head_dim": 80}, (9, 0), "target's head size 80 is not 64, 128 or 256"),
         ({"dtype": "float32"}, {}, {"head_dim": 80}, (9, 0), ""),
         ({}, {"head_dim": 96}, {}, (9, 0), "draft's head size 96 is not 64, 128 or 256"),
         ({"dtype": "float32"}, {"head_dim": 96}, {}, (9, 0), "draft's head size 96"),
-        ({}, {"window_left": (-1, 127, -1)}, {}, (9, 0), "layers with a sliding window"),
-        ({}, {"causal_layers": (True, False, True)}, {}, (9, 0), "both causal and bidirectional"),
+        ({}, {"window_left": (-1, 127, -1)}, {}, (9, 0), ""),
+        ({}, {"causal_layers": (True, False, True)}, {}, (9, 0), ""),
     ],
 )
 def test_what_cuda_does_not_serve(

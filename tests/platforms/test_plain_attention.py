@@ -229,6 +229,32 @@ def test_what_pads_a_reached_span_stays_within_the_slot_table() -> None:
     assert_same(world.run(ForwardMode.TARGET_VERIFY, reach=57), world.reference(reach=57))
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("window", [-1, 3, 6])
+def test_every_root_path_is_seen_as_a_prefill_of_it_sees_it(window: int, sinks: bool) -> None:
+    """A target's layer: what a node gets, its path alone gets at the path's end."""
+    prefix, w = 11, 9
+    tree = World([prefix], [w], 1, sliding_window_size=window)
+    mask, depth = random_trees(1, w)
+    tree.positions = [prefix + depth[0]]
+    if sinks:
+        tree.sink(*SINKS)
+    nodes = tree.run(ForwardMode.TARGET_VERIFY, mask)
+    assert len({int(m.sum()) for m in mask[0]}) > 3, "else no path is longer than a window"
+    for node in range(w):
+        path = mask[0, node].nonzero().flatten()
+        alone = World([prefix], [len(path)], 1, sliding_window_size=window)
+        alone.sinks = tree.sinks
+        for what in ("keys", "values"):
+            whole = getattr(tree, what)[0]
+            getattr(alone, what)[0] = torch.cat([whole[:prefix], whole[prefix:][path]])
+        alone.pool.set_kv_buffer(
+            alone.layer, alone.slots[0][:prefix], alone.keys[0][:prefix], alone.values[0][:prefix]
+        )
+        alone.queries[0] = tree.queries[0][path]
+        assert_same(nodes[node], alone.run(ForwardMode.EXTEND)[-1])
+
+
 SINKS = (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
 
 

@@ -7,6 +7,9 @@ import os
 import torch
 
 from sglang_dflash import other_sglang
+from sglang_dflash.platforms import PLAIN_ATTENTION, Backend, Need
+
+BACKEND = Backend(PLAIN_ATTENTION, frozenset({Need.WINDOWS, Need.SINKS}))
 
 
 def activate() -> str | None:

@@ -6,10 +6,15 @@ from typing import Any
 
 from sglang_dflash.draft.config import DraftConfig
 from sglang_dflash.kernels.limits import HEAD_SIZES
-from sglang_dflash.platforms import PLAIN_ATTENTION, other_attention
+from sglang_dflash.platforms import PLAIN_ATTENTION, Backend, either, other_attention
 from sglang_dflash.targets import Target
 
 FAST_ATTENTION = "fa3"
+# Sinks and targets' sliding layers are in the ops, and have not been seen on a GPU.
+BACKENDS = {
+    FAST_ATTENTION: Backend(FAST_ATTENTION, head_sizes=HEAD_SIZES),
+    PLAIN_ATTENTION: Backend(PLAIN_ATTENTION),
+}
 FAST_CAPABILITIES = 8, 9  # first numbers of the compute capabilities it is made for
 # Where one op attends to prefix and window, which scripts/time_attention.py has found the faster way:
 SHORT_PREFIX = 768  # behind prefixes of up to so many tokens, however wide the window is
@@ -44,18 +49,8 @@ def unserved(
         return f"trees need FlashAttention-3, which compute capability {capability[0]}.{capability[1]} has not"
     if other := other_attention(asked, backend):
         return f"{other} reads no tree, {backend} does"
-    if kinds := sorted(target.layer_types - {"full_attention"}):
-        return f"the target has layers of {kinds[0]}"
-    if backend == FAST_ATTENTION and target.head_dim not in HEAD_SIZES:
-        return f"the target's head size {target.head_dim} is not {_or(HEAD_SIZES)}"
+    if lacking := next(BACKENDS[backend].lacks(target), ""):
+        return lacking
     if draft.head_dim not in HEAD_SIZES:
-        return f"the draft's head size {draft.head_dim} is not {_or(HEAD_SIZES)}"
-    if max(draft.window_left) >= 0:
-        return "the draft has layers with a sliding window"
-    if len(set(draft.causal_layers)) > 1:
-        return "the draft has both causal and bidirectional layers"
+        return f"the draft's head size {draft.head_dim} is not {either(HEAD_SIZES)}"
     return ""
-
-
-def _or(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"

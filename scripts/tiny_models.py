@@ -1,0 +1,118 @@
+"""Make a tiny random target and a random draft for it, without a download.
+
+    python scripts/tiny_models.py llama|qwen3|qwen3-moe|sliding OUT_TARGET OUT_DRAFT
+
+What they say means nothing, and a vocabulary of 96 tokens lets some of what is drafted come true: to see that a family
+of targets is served, with drafts of sliding and full layers. Serve them with --skip-tokenizer-init. `sliding` is dense:
+three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer).
+"""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sglang_dflash.draft.checkpoint import expected_shapes
+from sglang_dflash.draft.config import DraftConfig
+
+HIDDEN, VOCAB, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INNER, CONTEXT = 256, 96, 4, 4, 2, 64, 256, 2048
+WINDOW, BLOCK, MASK = 16, 8, 0
+SHAPE = {
+    "hidden_size": HIDDEN, "vocab_size": VOCAB, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM, "intermediate_size": INNER, "max_position_embeddings": CONTEXT, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 2, "rope_theta": 10000.0, "dtype": "float32",
+}  # fmt: skip
+
+
+class Family(StrEnum):
+    LLAMA = "llama"
+    QWEN3 = "qwen3"
+    QWEN3_MOE = "qwen3-moe"
+    SLIDING = "sliding"
+
+
+def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A target's config.json and its tensors."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+    if family == Family.SLIDING:
+        return sliding_target()
+    shape = {**SHAPE, "num_hidden_layers": LAYERS}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    config = {
+        Family.LLAMA: lambda: LlamaConfig(**shape),
+        Family.QWEN3: lambda: Qwen3Config(**shape),
+        Family.QWEN3_MOE: lambda: Qwen3MoeConfig(**shape, **experts),
+    }[family]()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    raw = {**config.to_dict(), "architectures": [type(model).__name__]}
+    return raw, random_weights({name: tuple(t.shape) for name, t in model.state_dict().items()})
+
+
+def sliding_target() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    kinds = ["sliding_attention"] * (LAYERS - 1) + ["full_attention"]
+    config = {
+        **SHAPE, "architectures": ["MuseGlimmerForCausalLM"], "model_type": "muse_glimmer", "num_hidden_layers": LAYERS,
+        "layer_types": kinds, "no_rope_layers": [1] * (LAYERS - 1) + [0], "sliding_window": WINDOW,
+        "use_attn_output_gate": False, "qk_scale_factor": 8.0, "output_multiplier": 1.0, "output_soft_cap_temp": None,
+    }  # fmt: skip
+    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,),
+    }  # fmt: skip
+    for i in range(LAYERS):
+        of_layer = {
+            "self_attn.q_proj": (q, HIDDEN), "self_attn.k_proj": (kv, HIDDEN), "self_attn.v_proj": (kv, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, q), "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
+            "mlp.down_proj": (HIDDEN, INNER), "input_layernorm": (HIDDEN,), "post_attn_norm": (HIDDEN,),
+            "post_attention_layernorm": (HIDDEN,), "post_ffn_norm": (HIDDEN,),
+        }  # fmt: skip
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in of_layer.items()}
+    return config, random_weights(shapes)
+
+
+def draft() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Of sliding layers and a full one, as those of Qwen3.6 are."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    config = {
+        **SHAPE, "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "num_hidden_layers": len(kinds),
+        "rms_norm_eps": 1e-6, "layer_types": kinds, "sliding_window": WINDOW - 4, "use_sliding_window": True,
+        "max_window_layers": 0, "block_size": BLOCK, "num_target_layers": LAYERS,
+        "dflash_config": {"mask_token_id": MASK, "target_layer_ids": [0, 2]},
+    }  # fmt: skip
+    return config, random_weights(expected_shapes(DraftConfig.from_dict(config)))
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Norms near 1; what a layer adds is of the size of what it is added to."""
+    torch.manual_seed(0)
+    return {
+        name: 1 + 0.1 * torch.randn(shape) if len(shape) == 1 else torch.randn(shape) / shape[-1] ** 0.5
+        for name, shape in shapes.items()
+    }
+
+
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    save_file(tensors, folder / "model.safetensors")
+
+
+def main(
+    family: Annotated[Family, typer.Argument(help="Kind of target.")],
+    out_target: Annotated[Path, typer.Argument(help="Directory of the target.")],
+    out_draft: Annotated[Path, typer.Argument(help="Directory of the draft.")],
+) -> None:
+    write(out_target, *target(family))
+    write(out_draft, *draft())
+
+
+if __name__ == "__main__":
+    typer.run(main)
