@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
 
 from sglang_dflash.step import carry
 
@@ -116,3 +117,13 @@ def test_a_request_whose_logits_depend_on_history_walks_nowhere(monkeypatch: pyt
     made = prepare(monkeypatch, batch, 4)
     assert made.bounds[1].tolist() == [28, 0]
     assert made.drafting == [True, False]
+
+
+def test_a_request_walks_under_a_grammar_that_can_step_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class StepsBack(BaseGrammarObject):
+        def rollback(self, k: int) -> None: ...
+
+    reqs = [make(8, 20), make(8, 20), make(8, 20, "a processor")]
+    for req, grammar in zip(reqs, (StepsBack(), BaseGrammarObject(), StepsBack()), strict=True):
+        req.grammar = grammar
+    assert prepare(monkeypatch, batch_of(reqs, Pool(1000, 1), 500), 4).bounds[1].tolist() == [28, 0, 0]

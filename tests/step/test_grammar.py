@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sglang_dflash import embedded
 from sglang_dflash.step.grammar import NodeMasks, fill_masks, looks_ahead
-from sglang_dflash.tree import DraftTree
+from sglang_dflash.tree import DraftTree, walk
 
 VOCAB, EOS, WIDTH = 49152, 0, 12
 Case = tuple[Callable[[], Any], list[int]]
@@ -179,6 +179,38 @@ def test_a_batch_s_logits_are_masked_row_by_row(case: Case) -> None:
         expected = (words[:, :, None] >> torch.arange(32) & 1).view(WIDTH, VOCAB).bool()
         assert torch.equal(rows[row] == 1, expected)
         assert torch.equal(rows[row] == -torch.inf, ~expected)
+
+
+@pytest.mark.parametrize(("backend", "case"), [("xgrammar", "regex")], indirect=True)
+def test_walks_say_what_plain_decoding_says(case: Case) -> None:
+    """A target that likes any token at random; trees that guess the text and other tokens, allowed and forbidden."""
+    make, _ = case
+    truth, rng = Truth(make), random.Random(2)
+    target = torch.randn(64, VOCAB, generator=torch.manual_seed(3))  # what it likes at each position
+    plain: list[int] = []
+    while not plain or plain[-1] != EOS:
+        bits = truth.mask(plain)[:, None] >> torch.arange(32) & 1
+        plain.append(int(target[len(plain)].where(bits.flatten().bool(), -torch.inf).argmax()))
+    req, said, steps = SimpleNamespace(grammar=make()), plain[:1], 0
+    info = SimpleNamespace(vocab_size=VOCAB)
+    req.grammar.accept_token(plain[0])
+    while said[-1] != EOS:
+        tokens, parents, paths = random_tree(truth, plain, len(said), rng)
+        depths = torch.tensor([[len(path) - len(said) for path in paths]])
+        mask = torch.tensor([[[other == path[: len(other)] for other in paths] for path in paths]])
+        deep = int(depths.max())
+        tree = DraftTree(torch.tensor([tokens]), torch.tensor([parents]), depths, mask, depths.float(), deep)
+        logits = target[len(said) + depths[0]].clone()
+        NodeMasks(SimpleNamespace(reqs=[req], sampling_info=info), tree).apply(logits, None)
+        walked = walk(tree, logits.argmax(-1)[None])
+        for token in walked.tokens[0, : int(walked.lens[0])].tolist():
+            said.append(token)
+            req.grammar.accept_token(token)
+            if token == EOS:
+                break
+        steps += 1
+    assert said == plain
+    assert steps < len(plain) - 1
 
 
 def test_a_grammar_that_cannot_step_back_is_asked_at_the_root_alone() -> None:
