@@ -46,7 +46,9 @@ SEED = 1000  # of the first answer; the others have those that follow
 class Draft:
     """One draft checkpoint over one target. After `read`, `lattice` drafts at any token of the text read."""
 
-    def __init__(self, path: Path, target: torch.nn.Module) -> None:
+    def __init__(self, path: Path, target: torch.nn.Module, likeliest: int = 0) -> None:
+        """likeliest: tokens of a row that noise is added to, others being left out; 0: all of them."""
+        self.likeliest = likeliest
         self.raw = json.loads((path / "config.json").read_text())
         tensors = {k: v.float() for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
         self.w = {name.removesuffix(".weight"): tensor for name, tensor in tensors.items()}
@@ -128,6 +130,8 @@ class Draft:
         """
         hidden, logits = self.logits(bonus, position, depth, window)
         if noise is not None:
+            if self.likeliest:
+                logits = logits.masked_fill(logits < logits.topk(self.likeliest).values[:, -1:], -torch.inf)
             logits = scale * (logits + noise)
         unary, tokens = logits.topk(self.extra["selector_top_k"], -1)
         predecessors = torch.cat([torch.full_like(tokens[:1], bonus), tokens[:-1]])
@@ -201,11 +205,12 @@ def by_group(
     kinds: dict[str, tuple[int | None, int]],
     windows: Sequence[int] = (),
     bs: Sequence[float] = (),
+    likeliest: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Tokens a step by group of rows and kind, each answer's first token aside; kinds: name -> (nodes, or None for a
     chain; depth). windows, bs: to be compared, where it is not the draft's own window, and the row's temperature.
     """
-    drafter = Draft(draft, target)
+    drafter = Draft(draft, target, likeliest)
     names: dict[str, tuple[Any, ...]] = {kind: (*how, drafter.window) for kind, how in kinds.items()}
     if windows:
         names = {f"{kind}, window {w}": (*how, w) for kind, how in kinds.items() for w in windows}
@@ -258,10 +263,12 @@ def accept_lengths(
     rows: list[dict[str, Any]],
     kinds: dict[str, tuple[int | None, int]],
     window: int | None = None,
+    likeliest: int = 0,
 ) -> dict[str, float]:
     """The same of all rows together, by kind alone; window None: the draft's own."""
     rows = [{**row, "group": ""} for row in rows]
-    lengths = by_group(load(target), draft, rows, kinds, () if window is None else (window,))[""]
+    windows = () if window is None else (window,)
+    lengths = by_group(load(target), draft, rows, kinds, windows, likeliest=likeliest)[""]
     return dict(zip(kinds, lengths.values(), strict=True))
 
 
@@ -276,6 +283,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--b", nargs="*", type=float, default=[], help="beside 0 and the temperature")
+    parser.add_argument("--likeliest", type=int, default=0, help="tokens that are given noise, as on a CPU; 0: all")
     parser.add_argument("--count", type=int, default=40, help="answers that are sampled")
     parser.add_argument("--tokens", type=int, default=48, help="of each of them, at most")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
@@ -307,9 +315,10 @@ def of_samples(args: argparse.Namespace, model: Any, kinds: dict[str, Any], fact
     prompts = [chat_ids(tokenizer, question) for question in questions(args.answers, args.count)]
     rows = sampled(model, prompts, args.temperature, args.top_p, args.tokens)
     tried = sorted({args.temperature, *args.b})
-    lengths = by_group(model, args.draft, rows, kinds, bs=[0.0, *tried])[""]
+    lengths = by_group(model, args.draft, rows, kinds, bs=[0.0, *tried], likeliest=args.likeliest)[""]
     asked = {"dataset": args.answers, "temperature": args.temperature, "top_p": args.top_p, "answers": len(rows)}
     asked |= {"tokens": sum(len(row["answer"]) for row in rows), "draft": args.draft.resolve().parent.name}
+    asked |= {"likeliest": args.likeliest} if args.likeliest else {}
     results = []
     for kind, b in ((kind, b) for kind in kinds for b in tried):
         today, noisy = lengths[f"{kind}, b 0"], lengths[f"{kind}, b {b:g}"]

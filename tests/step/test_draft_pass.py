@@ -57,16 +57,18 @@ def asked(**changed: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**settings, **changed})
 
 
-def emitted(known: KnownNoise, info: Any, target: Tensor, prefix_lens: Tensor, grow_: Any, nodes: int) -> Tensor:
-    """Tokens that each request emits in a step, [bs], where the draft says what the target says; target [bs, DEPTH + 1,
-    VOCAB]: its logits at every depth, whatever the tokens.
-    """
-    bonus = torch.zeros(BS, dtype=torch.int64)
-    lattice = build_lattice(target[:, :DEPTH], bonus, lambda hidden: hidden, None, 16, known.of(BS))
-    drafted = grow_(lattice, bonus, nodes)
+def walked(drafted: DraftTree, info: Any, target: Tensor, prefix_lens: Tensor) -> Tensor:
+    """Tokens that each request emits in a step, [bs]; target [bs, DEPTH + 1, VOCAB]: its logits by depth alone."""
     logits = target.gather(1, drafted.depths[..., None].expand(-1, -1, VOCAB)).flatten(0, 1)
     positions = (prefix_lens[:, None] + drafted.depths).flatten()
     return walk(drafted, sample_nodes(logits, info, positions, drafted)).lens
+
+
+def emitted(known: KnownNoise, info: Any, target: Tensor, prefix_lens: Tensor, grow_: Any, nodes: int) -> Tensor:
+    """The same where the draft says what the target says."""
+    bonus = torch.zeros(BS, dtype=torch.int64)
+    lattice = build_lattice(target[:, :DEPTH], bonus, lambda hidden: hidden, None, 16, known.of(BS))
+    return walked(grow_(lattice, bonus, nodes), info, target, prefix_lens)
 
 
 @pytest.mark.usefixtures("either_ops")
@@ -134,3 +136,22 @@ def test_a_penalised_request_s_lattice_is_penalised_and_no_other() -> None:
     roots = torch.tensor([4, 5, 5] * bs)
     assert runner._tree(hidden, roots, block, penalised).tokens.tolist() == [[4, 4, 4], [4, 6, 6]]
     assert runner._tree(hidden, roots, block).tokens.tolist() == [[4, 4, 4], [4, 4, 4]]
+
+
+def test_a_draft_pass_looks_at_the_noise_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shape = Shape(DEPTH, DEPTH, DEPTH + 1, 99)
+    runner: Any = object.__new__(DraftRunner)
+    plain = SimpleNamespace(output_multiplier=1.0, softcap=None)
+    runner.options = SimpleNamespace(grown=lambda block: shape, top_k=16, draft=plain)
+    runner.selector, runner._grow, runner._head = None, grow_chain, lambda penalised, bs, hidden: hidden
+    runner._noise = KnownNoise(BS + 3, "cpu")
+    monkeypatch.setattr(DraftRunner, "_forward_batch", lambda *_: None)
+    for info in (asked(), asked(top_ks=torch.ones(BS, dtype=torch.int32), is_all_greedy=True), asked()):
+        target, prefix_lens = torch.randn(BS, DEPTH + 1, VOCAB) * 2, torch.randint(2000, (BS,))
+        hidden = torch.cat([target[:, -1:], target[:, :-1]], 1).flatten(0, 1)  # at the bonus token: not looked at
+        output = SimpleNamespace(can_run_graph=False, logits_output=SimpleNamespace(hidden_states=hidden))
+        runner.runner = SimpleNamespace(forward=lambda _, output=output: output)
+        window = SimpleNamespace(block_tokens=torch.zeros(BS, DEPTH + 1).long(), prefix_lens=prefix_lens)
+        tree = runner.draft(SimpleNamespace(sampling_info=info), window, shape, None)
+        assert walked(tree, info, target, prefix_lens).tolist() == [DEPTH + 1] * BS
