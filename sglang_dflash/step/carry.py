@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
 from sglang.srt.runtime_context import get_spec
@@ -47,7 +48,9 @@ class Carry(DFlashDraftInputV2):
         ends = _slots_after(batch, reqs)
         self.drafting = [not depends_on_history(req) for req in reqs]
         most = [_most_tokens(req) if drafts else 0 for req, drafts in zip(reqs, self.drafting, strict=True)]
-        on_host = torch.tensor([held, ends, most], pin_memory=str(batch.device).startswith("cuda"))
+        on_host = torch.from_numpy(np.array([held, ends, most]))  # a quarter of the time that torch takes over lists
+        if str(batch.device).startswith("cuda"):
+            on_host = on_host.pin_memory()
         on_device = on_host.to(batch.device, non_blocking=True)
         self.bounds = on_device[1:]
         self.nxt_kv_lens_cpu = on_host[1]
@@ -67,7 +70,7 @@ class Carry(DFlashDraftInputV2):
         for req in reqs:
             req.decode_batch_idx += 1
         committed = [req.kv.kv_committed_len for req in reqs]
-        batch.seq_lens_cpu = torch.tensor(committed)  # what overlap knows better replaces it
+        batch.seq_lens_cpu = torch.from_numpy(np.array(committed))  # what overlap knows better replaces it
         batch.seq_lens_sum = sum(committed)
 
 
