@@ -45,7 +45,6 @@ ENV = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}  # it dies of a slot t
 SHORT, LONG, SHARED, SESSIONS = 20, 4, 4, 6  # distinct prompts
 TURNS, TURN, ADDED = 3, 12, 24  # of a session: turns, tokens of an answer, tokens a turn adds
 WHOLE, SETTING, LONG_ANSWER, ENDLESS = 64, 64, 24, 400  # tokens of an answer
-LIMIT = 400  # seconds a request may take; the first that takes longer ends the run
 OPEN_SESSIONS = 4  # at once: what they keep cannot be evicted from a small pool
 TRUTH_AT_ONCE = 8
 
@@ -439,14 +438,14 @@ def served(url: str | None, title: str, args: list[str]) -> Iterator[tuple[str, 
         yield server.ready(Console(stderr=True)), server.log
 
 
-def _http(url: str) -> aiohttp.ClientSession:
+def _http(url: str, limit: float) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        url, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=LIMIT),
+        url, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=limit),
         read_bufsize=LONGEST_CHUNK,
     )  # fmt: skip
 
 
-async def find_truth(url: str, prompts: Prompts) -> dict[str, Truth]:
+async def find_truth(url: str, prompts: Prompts, limit: float) -> dict[str, Truth]:
     """Every greedy answer, by key; a session's turns as single requests, and those with penalties one at a time: this
     server counts tokens by the step.
     """
@@ -460,7 +459,7 @@ async def find_truth(url: str, prompts: Prompts) -> dict[str, Truth]:
         (answer,) = reply.answers
         truths[key] = Truth(answer["output_ids"], [_gap(top) for top in answer["meta_info"]["output_top_logprobs"]])
 
-    async with _http(url) as http:
+    async with _http(url, limit) as http:
         client = Client(http, prompts)
         bodies = greedy_bodies(prompts)
         alone = [key for key in bodies if key.startswith("penalty ")]
@@ -499,11 +498,11 @@ def probe(url: str, model: str) -> Server:
 
 async def soak(
     url: str, asks: list[Ask], truths: dict[str, Truth], prompts: Prompts, tally: Tally, *,
-    concurrency: int, seed: int, tie: float, out: Path,
+    concurrency: int, seed: int, tie: float, limit: float, out: Path, head: Body,
 ) -> None:  # fmt: skip
     """Send them all, and interfere meanwhile. A request that never ends keeps the rest from being sent."""
     room, stuck = asyncio.Semaphore(concurrency), False
-    async with _http(url) as http:
+    async with _http(url, limit) as http:
         client = Client(http, prompts)
 
         async def one(ask: Ask) -> None:
@@ -513,7 +512,7 @@ async def soak(
             stuck = stuck or "Timeout" in reply.error
             tally.add(ask, reply, *judge(ask, reply, truths, tie))
 
-        aside = [asyncio.create_task(interfere(client, tally, seed)), asyncio.create_task(tell(tally, out))]
+        aside = [asyncio.create_task(interfere(client, tally, seed)), asyncio.create_task(tell(tally, out, head))]
         try:
             await asyncio.gather(*map(one, asks))
         finally:
@@ -547,7 +546,7 @@ async def interfere(client: Client, tally: Tally, seed: int) -> None:
 
 async def command(client: Client, tally: Tally, path: str, body: Body, may_refuse: bool = False) -> None:
     try:
-        async with client.http.post(path, json=body, timeout=aiohttp.ClientTimeout(total=60)) as response:
+        async with client.http.post(path, json=body) as response:
             status: int | str = response.status
     except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
         status = f"{type(error).__name__}: {error}"
@@ -557,12 +556,12 @@ async def command(client: Client, tally: Tally, path: str, body: Body, may_refus
         tally.wrong.append({"verdict": "wrong", "why": f"{path} {body} answered {status}"})
 
 
-async def tell(tally: Tally, out: Path) -> None:
+async def tell(tally: Tally, out: Path, head: Body) -> None:
     """A line every 10 seconds; what is known so far stays in the file if the run is cut off."""
     while True:
         await asyncio.sleep(10)
         told = tally.summary()
-        out.write_text(json.dumps({"complete": False, **told}, indent=1))
+        out.write_text(json.dumps({"complete": False, **head, **told}, indent=1))
         print(
             f"{told['seconds']:6.0f} s  {told['answered']} of {tally.count}, {told['verdicts']}, "
             f"{len(tally.wrong)} wrong, {told['tokens_per_second']} tokens/s, {told['side']}",
@@ -570,7 +569,7 @@ async def tell(tally: Tally, out: Path) -> None:
         )
 
 
-def settled(url: str) -> list[str]:
+def settled(url: str, limit: float) -> list[str]:
     """What is not as it should be after all requests: idle, empty, its whole pool free, and healthy."""
     deadline = time.monotonic() + 120
     names = ("sglang:num_running_reqs", "sglang:num_queue_reqs")
@@ -581,19 +580,19 @@ def settled(url: str) -> list[str]:
             time.sleep(1)
         flushed = httpx.post(f"{url}/flush_cache", params={"timeout": 30}, timeout=60)
         wrong = [] if flushed.is_success else [f"/flush_cache answered {flushed.status_code}: {flushed.text}"]
-        wrong += _fill(url)
+        wrong += _fill(url, limit)
         health = httpx.get(f"{url}/health", timeout=60).status_code
         return wrong + ([] if health == 200 else [f"/health answered {health}"])
     except httpx.HTTPError as error:
         return [f"after the last answer the server is gone: {type(error).__name__}: {error}"]
 
 
-def _fill(url: str) -> list[str]:
+def _fill(url: str, limit: float) -> list[str]:
     """A request that needs all of the pool, but for what a step's tree and its pages take, or all of the context."""
     info = httpx.get(f"{url}/server_info", timeout=60).raise_for_status().json()
     step = (info.get("speculative_num_draft_tokens") or 0) + (info.get("page_size") or 1)
     length, tokens = min(info["max_total_num_tokens"], info["max_req_input_len"]) - 2 * step - 64, 8
-    answer = httpx.post(f"{url}/generate", json=greedy([300] * length, tokens, ignore_eos=True), timeout=LIMIT)
+    answer = httpx.post(f"{url}/generate", json=greedy([300] * length, tokens, ignore_eos=True), timeout=limit)
     if not answer.is_success:
         return [f"a prompt of {length} tokens was answered {answer.status_code}: {answer.text[:500]}"]
     meta = answer.json()["meta_info"]
@@ -637,7 +636,8 @@ def main(
     concurrency: Annotated[int, typer.Option(min=1)] = 32,
     seed: int = 0,
     tie: Annotated[float, typer.Option(help="Gap of log-probabilities below which answers may part.")] = 1e-4,
-    out: Annotated[Path, typer.Option(help="The report goes there.")] = Path("soak.json"),
+    limit: Annotated[float, typer.Option(help="Seconds a request may take; one that takes longer ends the run.")] = 400,
+    out: Annotated[Path, typer.Option(help="The report goes there, and what is known so far.")] = Path("soak.json"),
     server_arg: Annotated[list[str] | None, typer.Option(help="For servers started here; repeat it.")] = None,
 ) -> None:
     """Mixed requests to a server under stress, each checked."""
@@ -646,31 +646,37 @@ def main(
     plain = [*models.plain_args(), "--max-total-tokens", "16384", "--disable-overlap-schedule"]
     plain += without_speculation(args)
     with served(truth_url, "the server without speculation", plain) as (at, _):
-        truths = asyncio.run(find_truth(at, prompts))
+        truths = asyncio.run(find_truth(at, prompts, limit))
     print(f"{len(truths)} greedy answers are known", flush=True)
     with served(url, "the server with DFLASH", [*models.dflash_args(None), *SERVER.split(), *args]) as (at, log):
         server, retracted = probe(at, model), "sglang:num_retracted_requests_total"
         asks, before = plan(seed, requests, prompts, server), metric(at, retracted)
         tally = Tally(len(asks))
+        head: Body = {
+            "device": device(),
+            "versions": {name: metadata.version(name) for name in ("sglang", "sglang-dflash", "torch")},
+            "server": {**asdict(server), "args": args},
+            "seed": seed, "concurrency": concurrency, "tie": tie,
+        }  # fmt: skip
         try:
             asyncio.run(
-                soak(at, asks, truths, prompts, tally, concurrency=concurrency, seed=seed, tie=tie, out=out)
-            )
+                soak(
+                    at, asks, truths, prompts, tally,
+                    concurrency=concurrency, seed=seed, tie=tie, limit=limit, out=out, head=head,
+                )
+            )  # fmt: skip
             told = tally.summary()
-            failures = settled(at)
+            failures = settled(at, limit)
             if told["answered"] != len(asks):
                 failures.append(f"{told['answered']} of {len(asks)} requests are accounted for")
             gone = any("is gone" in failure for failure in failures)
             report = {
                 "complete": True,
-                "device": device(),
-                "versions": {name: metadata.version(name) for name in ("sglang", "sglang-dflash", "torch")},
-                "server": {**asdict(server), "args": args},
-                "seed": seed, "concurrency": concurrency, "tie": tie,
+                **head,
                 **told,
                 "retractions": None if gone else metric(at, retracted) - before,
                 "failures_at_the_end": failures,
-            }  # fmt: skip
+            }
             out.write_text(json.dumps(report, indent=1))
         finally:
             if log:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from sglang_dflash.cli import bench, demo, doctor, embedded, explain, watch
 from sglang_dflash.cli.server import ServerError
+from sglang_dflash.embedded.cache import CacheError
 from sglang_dflash.embedded.weights import DownloadError
 
 app = typer.Typer(
@@ -29,9 +30,9 @@ app.command()(embedded.embedded)
 
 
 def main() -> None:
-    """The console script: what a server or a download failed with is shown, not a traceback of ours."""
+    """The console script: what a server, the cache or a download failed with is shown, not a traceback of ours."""
     try:
         app(prog_name="sglang-dflash")
-    except (ServerError, DownloadError) as error:
+    except (ServerError, CacheError, DownloadError) as error:
         Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)

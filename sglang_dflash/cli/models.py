@@ -53,6 +53,13 @@ class Models:
         return [*self.plain_args(), *args]
 
     def tokenizer(self) -> Any:
+        """The target's. Raises `typer.BadParameter` where there is none."""
         from transformers import AutoTokenizer  # seconds to import
 
-        return AutoTokenizer.from_pretrained(self.target)
+        try:
+            return AutoTokenizer.from_pretrained(self.target)
+        except (OSError, ValueError) as error:  # no such directory or hub name, or one without a tokenizer
+            raise typer.BadParameter(
+                f"--model {self.name!r} gives no tokenizer: name a directory that holds one, or a model on the hub "
+                f"({error})"
+            ) from error

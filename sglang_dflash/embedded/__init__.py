@@ -25,7 +25,8 @@ class Pair:
 def ensure() -> Pair:
     """Make the pair ready and give its paths: seconds and a download the first time, under one second after.
 
-    Raises `weights.DownloadError` where the weights are not to be had, `ValueError` where they are damaged.
+    Raises `weights.DownloadError` where the weights are not to be had, `ValueError` where they are damaged,
+    `cache.CacheError` where they cannot be kept.
     """
     return Pair(target.ensure(), DRAFT)
 

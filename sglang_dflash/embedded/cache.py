@@ -17,6 +17,10 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 
+class CacheError(RuntimeError):
+    """The cache cannot be written to; the message ends with the cure."""
+
+
 def root() -> Path:
     """`$XDG_CACHE_HOME/sglang_dflash`, by default `~/.cache/sglang_dflash`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang_dflash"
@@ -46,11 +50,20 @@ def damage(directory: Path) -> str | None:
 
 
 def ensure(name: str, build: Callable[[Path], None]) -> Path:
-    """The directory `name` in the cache. `build` fills an empty one where there is none or it is damaged."""
+    """The directory `name` in the cache. `build` fills an empty one where there is none or it is damaged.
+
+    Raises `CacheError` where that cannot be written.
+    """
     directory = root() / name
     if damage(directory) is None:
         return directory
-    root().mkdir(parents=True, exist_ok=True)
+    try:
+        root().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root()).close()
+    except OSError as error:
+        raise CacheError(
+            f"the cache {root()} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a directory that can"
+        ) from error
     with FileLock(root() / f"{name}.lock"):
         wrong = damage(directory)  # again: another process may have built it while we waited
         if wrong is not None:

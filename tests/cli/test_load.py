@@ -7,9 +7,11 @@ import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from transformers import AutoTokenizer
 
 from sglang_dflash import embedded
@@ -188,3 +190,9 @@ def test_arguments_for_the_server() -> None:
     assert models.dflash_args(None) == ["--model-path", "/target", *speculative]
     assert models.dflash_args(7)[-2:] == ["--speculative-num-draft-tokens", "7"]
     assert "/other" in models.dflash_args(None, "/other")
+
+
+def test_a_target_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    for name in (str(tmp_path), "/nowhere"):
+        with pytest.raises(typer.BadParameter, match=f"--model '{name}' gives no tokenizer"):
+            Models.of(name, "/draft").tokenizer()

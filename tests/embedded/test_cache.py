@@ -34,6 +34,13 @@ def test_built_once(own_cache: Path) -> None:
     assert cache.ensure("model", refuse) == directory
 
 
+@pytest.mark.parametrize("home", ["/proc/none", "/dev/null"])
+def test_a_cache_that_cannot_be_written_is_named_with_the_cure(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    with pytest.raises(cache.CacheError, match=rf"the cache {home}/sglang_dflash cannot be written .*XDG_CACHE_HOME"):
+        cache.ensure("model", refuse)
+
+
 def flip_a_byte(directory: Path) -> None:
     data = bytearray((directory / "weights").read_bytes())
     data[1000] ^= 1
