@@ -58,7 +58,7 @@ def test_topk_lse(dtype: torch.dtype, rows: int, vocab: int, padding: int, k: in
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize(("bs", "each", "vocab", "k"), [(1, 1, 16, 16), (3, 4, 777, 16), (2, 2, 20_000, 5)])
+@pytest.mark.parametrize(("bs", "each", "vocab", "k"), [(1, 1, 16, 16), (3, 4, 776, 16), (2, 2, 20_000, 5)])
 def test_topk_lse_with_noise(
     dtype: torch.dtype, bs: int, each: int, vocab: int, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

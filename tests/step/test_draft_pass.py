@@ -18,7 +18,7 @@ from sglang_dflash.step.penalties import Penalties
 from sglang_dflash.step.sampling import sample_nodes
 from sglang_dflash.tree import DraftTree, grow, grow_chain, walk
 
-BS, DEPTH, VOCAB, ANY_K = 4, 6, 250, 1 << 30
+BS, DEPTH, VOCAB, ANY_K = 4, 6, 248, 1 << 30
 
 
 def tree(token: int) -> DraftTree:
