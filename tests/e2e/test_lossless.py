@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from client import Body, accept_length, generate
 from conftest import Plain, Serve, planted
 from prompts import CONTEXT
+from turns import kit_of_cache_hits, kit_of_kl, kit_of_sessions
 
 from sglang_dflash import embedded
 
@@ -41,7 +43,8 @@ class Case:
 CASES = {
     "tree 15": Case("--speculative-num-draft-tokens 15 --speculative-num-steps 8", 16, kind=(15, 8)),
     "tree 3, paged, no overlap": Case(
-        "--speculative-num-draft-tokens 3 --speculative-num-steps 3 --page-size 16 --disable-overlap-schedule",
+        "--speculative-num-draft-tokens 3 --speculative-num-steps 3 --page-size 16 --disable-overlap-schedule "
+        "--enable-streaming-session",
         32, kind=(3, 3),
     ),
     "tree 63, no radix": Case(
@@ -60,7 +63,7 @@ CASES = {
     ),
     "tree 7, a short window, mixed chunks, paged": Case(
         "--speculative-num-draft-tokens 7 --speculative-num-steps 7 --chunked-prefill-size 256 --enable-mixed-chunk "
-        "--page-size 16 --speculative-draft-window-size 24",
+        "--page-size 16 --speculative-draft-window-size 24 --enable-streaming-session",
         16, kind=(7, 7), window=24,
     ),
 }  # fmt: skip
@@ -72,7 +75,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(scope="module")
-def server(case: Case, serve: Serve, plain: Plain) -> Iterator[str]:
+def server(case: Case, serve: Serve) -> Iterator[str]:
     env = planted(case.plant) if case.plant else None
     with serve("--speculative-algorithm", "DFLASH", *case.args.split(), env=env) as url:
         yield url
@@ -153,6 +156,18 @@ def test_the_end_of_the_context_ends_an_answer_alone(
         assert answer["meta_info"]["finish_reason"]["type"] == "length"
         assert len(answer["output_ids"]) == CONTEXT - 2 - len(body["input_ids"])  # as many as plain decoding gives
     assert generate(server, [short], 1)[0]["output_ids"] == beside["output_ids"]
+
+
+def test_sessions_and_hits_on_pages(
+    case: Case, server: str, pair: embedded.Pair, tokenizer: Any, short_bodies: list[Body], tmp_path: Path
+) -> None:
+    """SGLang's kits, whose page-1 half is in test_kits."""
+    if "streaming-session" not in case.args:
+        return
+    for prompts in ("short", "long"):
+        kit_of_sessions(server, tokenizer, prompts)
+    kit_of_kl(server, str(pair.target), short_bodies[:3], "decode")
+    kit_of_cache_hits(server, str(pair.target), tmp_path)
 
 
 def same_or_tied(answer: Body, truth: Body) -> bool:
