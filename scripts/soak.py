@@ -655,7 +655,7 @@ def main(
         head: Body = {
             "device": device(),
             "versions": {name: metadata.version(name) for name in ("sglang", "sglang-dflash", "torch")},
-            "server": {**asdict(server), "args": args},
+            "server": {**asdict(server), "model": model, "args": args},
             "seed": seed, "concurrency": concurrency, "tie": tie,
         }  # fmt: skip
         try:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,34 @@ def planted(what: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Plain:
-    """Greedy answers without speculation: to 48 short and 8 long prompts, to one prompt in many settings, and to two
-    prompts that leave little of a small context.
+    """Greedy answers of a server without speculation, asked for when they are first needed: to 48 short and 8 long
+    prompts, to one prompt in many settings, and to two prompts that leave little of a small context.
     """
 
-    short: list[Body]
-    long: list[Body]
-    settings: list[Body]
-    to_the_end: list[Body]
+    url: str
+    short_bodies: list[Body]
+    long_bodies: list[Body]
+    bodies_to_the_end: list[Body]
+
+    @cached_property
+    def short(self) -> list[Body]:
+        return self._answers(self.short_bodies)
+
+    @cached_property
+    def long(self) -> list[Body]:
+        return self._answers(self.long_bodies)
+
+    @cached_property
+    def settings(self) -> list[Body]:
+        return generate(self.url, [{**self.short_bodies[0], **setting} for setting in SETTINGS.values()], 4)
+
+    @cached_property
+    def to_the_end(self) -> list[Body]:
+        return self._answers(self.bodies_to_the_end)
+
+    def _answers(self, bodies: list[Body]) -> list[Body]:
+        """Logprobs come along, to tell a tie from an error."""
+        return generate(self.url, [{**body, "return_logprob": True, "top_logprobs_num": 2} for body in bodies], 32)
 
 
 @pytest.fixture(scope="session")
@@ -111,14 +132,11 @@ def to_the_end(tokenizer: PreTrainedTokenizerBase) -> list[Body]:
 
 
 @pytest.fixture(scope="session")
-def plain(serve: Serve, short_bodies: list[Body], long_bodies: list[Body], to_the_end: list[Body]) -> Plain:
-    """What a server without speculation answers. Logprobs come along, to tell a tie from an error."""
+def plain(
+    serve: Serve, short_bodies: list[Body], long_bodies: list[Body], to_the_end: list[Body]
+) -> Iterator[Plain]:
     with serve("--enable-custom-logit-processor") as url:
-        settings = generate(url, [{**short_bodies[0], **setting} for setting in SETTINGS.values()], 4)
-        asked = [*short_bodies, *long_bodies, *to_the_end]
-        answers = generate(url, [{**body, "return_logprob": True, "top_logprobs_num": 2} for body in asked], 32)
-    short, long = len(short_bodies), len(short_bodies) + len(long_bodies)
-    return Plain(answers[:short], answers[short:long], settings, answers[long:])
+        yield Plain(url, short_bodies, long_bodies, to_the_end)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unittest
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +19,11 @@ from sglang.test.kits.pause_generation_kit import PauseResumeInPlaceMixin
 from sglang.test.kits.spec_server_kits import SpecGrammarKit, SpecLogprobKit, SpecPenaltyKit
 from sglang.test.kits.streaming_session_kit import StreamingSessionKitMixin
 from sglang.test.test_utils import run_logprob_check
+from turns import KL, kit_of_cache_hits, kit_of_kl, kit_of_sessions, logprobs
+
+from sglang_dflash import embedded
 
 TURN = 24  # tokens a turn of a session adds
-KL = 1e-5  # between what was emitted and what a prefill scores it
 
 
 class Kit(unittest.TestCase):
@@ -88,12 +91,28 @@ class TestPauses(PauseResumeInPlaceMixin, Kit):
 
 
 class TestSessions(StreamingSessionKitMixin, Kit):
-    # Hundreds of requests, for minutes.
+    # Hundreds of requests, for minutes: below with fewer.
     test_leak_logprob_concurrent = None
     test_stress_concurrent_sessions = None
     # They ask for 100,000 tokens, more than this model's context holds.
     test_first_mid_abort_recovery = None
     test_nth_mid_abort_recovery = None
+
+
+@pytest.mark.parametrize("prompts", ["short", "long"])
+def test_sessions_at_once(prompts: str, default_server: str, tokenizer: Any) -> None:
+    kit_of_sessions(default_server, tokenizer, prompts)
+
+
+@pytest.mark.parametrize("behind", ["prefill", "decode"])
+def test_kl_behind_a_cache_hit(
+    behind: str, default_server: str, pair: embedded.Pair, short_bodies: list[Body]
+) -> None:
+    kit_of_kl(default_server, str(pair.target), short_bodies[:3], behind)
+
+
+def test_turns_hit_what_the_turns_before_left(default_server: str, pair: embedded.Pair, tmp_path: Path) -> None:
+    kit_of_cache_hits(default_server, str(pair.target), tmp_path)
 
 
 @pytest.mark.parametrize("tokens", [9, 14, 15])
@@ -146,7 +165,3 @@ def test_what_is_emitted_behind_a_cache_hit_is_what_a_prefill_scores(
         entries = scored["meta_info"]["input_token_logprobs"][-len(got) :]
         ratio = np.array([entry[0] for entry in entries]) - np.array(got)
         assert (np.exp(ratio) - 1 - ratio).mean() < KL
-
-
-def logprobs(answer: Body) -> list[float]:
-    return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]

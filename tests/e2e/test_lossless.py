@@ -16,6 +16,7 @@ from client import Body, accept_length, generate
 from conftest import ON_GPU, Plain, Serve, planted
 from penalised_reference import differs_at
 from prompts import CONTEXT
+from turns import kit_of_cache_hits, kit_of_kl, kit_of_sessions
 
 from sglang_dflash import embedded
 from sglang_dflash.kernels.lattice import LIKELIEST
@@ -44,7 +45,8 @@ class Case:
 CASES = {
     "tree 15": Case("--speculative-num-draft-tokens 15 --speculative-num-steps 8", 16, kind=(15, 8)),
     "tree 3, paged, no overlap": Case(
-        "--speculative-num-draft-tokens 3 --speculative-num-steps 3 --page-size 16 --disable-overlap-schedule",
+        "--speculative-num-draft-tokens 3 --speculative-num-steps 3 --page-size 16 --disable-overlap-schedule "
+        "--enable-streaming-session",
         32, kind=(3, 3),
     ),
     "tree 63, no radix": Case(
@@ -64,7 +66,7 @@ CASES = {
     ),
     "tree 7, a short window, mixed chunks, paged": Case(
         "--speculative-num-draft-tokens 7 --speculative-num-steps 7 --chunked-prefill-size 256 --enable-mixed-chunk "
-        "--page-size 16 --speculative-draft-window-size 24",
+        "--page-size 16 --speculative-draft-window-size 24 --enable-streaming-session",
         16, kind=(7, 7), window=24,
     ),
 }  # fmt: skip
@@ -76,7 +78,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(scope="module")
-def server(case: Case, serve: Serve, plain: Plain) -> Iterator[str]:
+def server(case: Case, serve: Serve) -> Iterator[str]:
     env = planted(case.plant) if case.plant else None
     with serve("--speculative-algorithm", "DFLASH", *case.args.split(), env=env) as url:
         yield url
@@ -192,6 +194,18 @@ def tokens_a_step(answers: list[Body]) -> float:
     """Without the first token of each answer, a prefill's."""
     metas = [answer["meta_info"] for answer in answers]
     return sum(meta["completion_tokens"] - 1 for meta in metas) / sum(meta["spec_verify_ct"] for meta in metas)  # type: ignore[no-any-return]
+
+
+def test_sessions_and_hits_on_pages(
+    case: Case, server: str, pair: embedded.Pair, tokenizer: Any, short_bodies: list[Body], tmp_path: Path
+) -> None:
+    """SGLang's kits, whose page-1 half is in test_kits."""
+    if "streaming-session" not in case.args:
+        return
+    for prompts in ("short", "long"):
+        kit_of_sessions(server, tokenizer, prompts)
+    kit_of_kl(server, str(pair.target), short_bodies[:3], "decode")
+    kit_of_cache_hits(server, str(pair.target), tmp_path)
 
 
 def same_or_tied(answer: Body, truth: Body) -> bool:

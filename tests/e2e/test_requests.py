@@ -78,6 +78,23 @@ def flat(entry: object) -> list[float]:
     return [] if isinstance(entry, str) else [float(entry or 0)]
 
 
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"return_hidden_states": True}, "hidden"),
+        ({"return_sampling_mask": True}, "return_sampling_mask"),
+        ({"sampling_params": {"sampling_seed": 2**64}}, "the seed is"),
+        ({"sampling_params": {"beam_width": 2}}, "Beam search"),
+        ({"watermark": {"enabled": True}}, "watermark"),
+    ],
+)
+def test_what_is_not_served_is_refused_with_its_name(server: str, asked: Body, why: str) -> None:
+    params = {"temperature": 0, "max_new_tokens": 4, **asked.get("sampling_params", {})}
+    answer = httpx.post(f"{server}/generate", json={"text": "Hello", **asked, "sampling_params": params}, timeout=60)
+    assert answer.status_code == httpx.codes.BAD_REQUEST
+    assert why in answer.text
+
+
 def test_parallel_sampling_gives_as_many_answers(server: str, short_bodies: list[Body]) -> None:
     params = {"temperature": 1.0, "max_new_tokens": 24, "n": 5}
     (answers,) = generate(server, [{**short_bodies[1], "sampling_params": params}], 1)

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from client import Body, generate
 from seeded_reference import differs_at
+
+WATCHED = [28, 30]  # tokens whose log-probabilities are asked for
 
 
 def test_a_seeded_text_is_the_one_that_a_second_implementation_says(
@@ -15,6 +18,30 @@ def test_a_seeded_text_is_the_one_that_a_second_implementation_says(
 ) -> None:
     for body, text in zip(seeded_bodies, seeded_texts, strict=True):
         assert differs_at(target_model, body["input_ids"], text, body["sampling_params"]) == [], body["sampling_params"]
+
+
+def test_log_probabilities_are_those_at_each_request_s_temperature(
+    target_model: Any, default_server: str, seeded_bodies: list[Body], seeded_texts: list[list[int]]
+) -> None:
+    """Of the chosen token, the likeliest and those asked for, in one batch of many settings; no filter changes them."""
+    asked = {"return_logprob": True, "top_logprobs_num": 3, "token_ids_logprob": WATCHED}
+    some = slice(0, None, 2)
+    bodies, texts = seeded_bodies[some], seeded_texts[some]
+    answers = generate(default_server, [{**body, **asked} for body in bodies], len(bodies))
+    for body, text, answer in zip(bodies, texts, answers, strict=True):
+        assert answer["output_ids"] == text
+        with torch.inference_mode():
+            logits = target_model(torch.tensor([body["input_ids"] + text])).logits[0, len(body["input_ids"]) - 1 : -1]
+        exact = (logits / (body["sampling_params"]["temperature"] or 1.0)).log_softmax(-1)
+        meta, rows = answer["meta_info"], torch.arange(len(text))
+        for name, expected in (
+            ("output_token_logprobs", exact[rows, text][:, None]),
+            ("output_top_logprobs", exact.topk(3).values),
+            ("output_token_ids_logprobs", exact[:, WATCHED]),
+        ):
+            got = meta[name] if name != "output_token_logprobs" else [[entry] for entry in meta[name]]
+            values = torch.tensor([[entry[0] for entry in entries] for entries in got])
+            torch.testing.assert_close(values, expected, atol=2e-3, rtol=0)
 
 
 def test_a_seeded_text_is_the_same_alone_and_after_a_prefix_hit(
