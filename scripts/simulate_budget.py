@@ -1,6 +1,6 @@
 """The budget beside the best fixed tree and an oracle, on recorded traces; no server, no model, no GPU.
 
-usage: simulate_budget.py TRACE.npz OUT.json --roof roof.json --steps steps.json
+usage: simulate_budget.py TRACE.npz OUT.json --roof roof.json [--steps steps.json]
 
 TRACE.npz is record_trace.py's. Costs are a GPU's linear layers by tokens, as time_roof.py wrote them, and a CPU
 server's steps by requests and nodes, as time_shapes.py did. A world is a benchmark, a temperature, a number of requests
@@ -30,7 +30,7 @@ from sglang_dflash.arguments import LADDER, MOST_TOKENS, UNBOUNDED
 from sglang_dflash.budget import Budget, Choice, Shape
 
 SHAPES = [Shape(n, d, d + 1 if n else 1, MOST_TOKENS // (n + 1) if n else UNBOUNDED) for n, d in LADDER]
-SETTLING = 100  # steps before a world is looked at, of every policy
+SETTLING = 100  # tokens of each request before a world is looked at
 HICCUP = 0.03  # standard deviation of a step's seconds, as a share
 DAY = ((1, "gsm8k 0"), (64, "gsm8k 0"), (4, "chat 1"), (256, "code 0"), (1, "gsm8k 1"))
 DAY_TOKENS = 3000, 60  # of a segment, for each request at once besides
@@ -92,14 +92,16 @@ def steps(file: Path) -> Seconds:
 
 
 class Requests:
-    """The running batch: answers drawn from one group, a new one where one has ended."""
+    """The running batch: answers drawn from one group, for every policy the same, a new one where one has ended."""
 
-    def __init__(self, trace: Trace, seconds: Seconds, seed: int) -> None:
-        self.trace, self.seconds, self.rng = trace, seconds, np.random.default_rng(seed)
+    def __init__(self, trace: Trace, seconds: Seconds) -> None:
+        self.trace, self.seconds = trace, seconds
+        self.hiccups = np.random.default_rng(2)
         self.at, self.end, self.kinds = np.zeros((3, 0), dtype=np.int64)
 
     def change(self, at_once: int, group: str) -> None:
         """So many requests from now on; those that run already go on, as far as there is room."""
+        self.rng = np.random.default_rng(1)
         self.pool, self.kind = self.trace.answers(group), int(not group.endswith(" 0"))
         fresh = self._drawn(max(0, at_once - len(self.at)), anywhere=True)
         running = self.at, self.end, self.kinds
@@ -125,7 +127,7 @@ class Requests:
         emitted = self.would()[:, shape]
         walked = self.trace.nodes[np.minimum(self.at, len(self.trace.nodes) - 1)][:, : SHAPES[shape].depth]
         nodes = np.concatenate([np.zeros((len(walked), 1), dtype=np.int64), walked], 1)
-        took = self.seconds(len(self.at), SHAPES[shape]) * np.exp(HICCUP * self.rng.standard_normal())
+        took = self.seconds(len(self.at), SHAPES[shape]) * np.exp(HICCUP * self.hiccups.standard_normal())
         self.at = self.at + emitted
         return nodes, emitted, took
 
@@ -143,6 +145,10 @@ class Ours:
 
     def begin(self, numbers: np.ndarray) -> None:
         self.budget.gain.begin(numbers, self.requests.kinds[numbers])
+
+    def go_on(self, requests: Requests) -> None:
+        """With what is known, and other requests."""
+        self.requests, self.last = requests, None
 
     def step(self, alone: bool) -> tuple[int, float, int]:
         """One step: tokens, seconds, shape. alone: no prefill follows it, so that its time is known."""
@@ -206,7 +212,7 @@ def best_fixed(trace: Trace, seconds: Seconds, at_once: int, group: str, least: 
     """The best of the fixed shapes, by trial, and its tokens a second."""
     rates = []
     for index, shape in enumerate(SHAPES):
-        requests = Requests(trace, seconds, seed=1)
+        requests = Requests(trace, seconds)
         requests.change(at_once, group)
         rates.append(run(requests, fixed(requests, index), no_matter, least).rate if at_once <= shape.most else 0.0)
     return SHAPES[int(np.argmax(rates))], max(rates)
@@ -216,15 +222,18 @@ def world(trace: Trace, seconds: Seconds, measured: bool, at_once: int, group: s
     """One row: tokens a second of every policy."""
     least = 4000 + 100 * at_once
     shape, best = best_fixed(trace, seconds, at_once, group, least)
-    knowing = Requests(trace, seconds, seed=2)
+    knowing = Requests(trace, seconds)
     knowing.change(at_once, group)
     known = run(knowing, oracle(knowing), no_matter, least).rate
-    requests = Requests(trace, seconds, seed=3)
+    requests = Requests(trace, seconds)
     requests.change(at_once, group)
     ours = Ours(requests, measured)
     ours.begin(np.arange(at_once))
-    run(requests, ours.step, ours.begin, SETTLING * at_once)
-    outcome = run(requests, ours.step, ours.begin, least)
+    early = run(requests, ours.step, ours.begin, SETTLING * at_once)
+    ours.go_on(Requests(trace, seconds))
+    ours.requests.change(at_once, group)
+    ours.begin(np.arange(at_once))
+    outcome = run(ours.requests, ours.step, ours.begin, least)
     return {
         "group": group,
         "at_once": at_once,
@@ -233,13 +242,14 @@ def world(trace: Trace, seconds: Seconds, measured: bool, at_once: int, group: s
         "nodes": shape.nodes,
         "oracle": round(known, 1),
         "ours": round(outcome.rate, 1),
+        "ours_at_first": round(early.rate, 1),
         "shares": outcome.shares,
     }
 
 
 def day(trace: Trace, seconds: Seconds, measured: bool) -> list[dict[str, Any]]:
     """Rows of its segments; ours starts with the first and learns on."""
-    requests, rows = Requests(trace, seconds, seed=4), []
+    requests, rows = Requests(trace, seconds), []
     ours = Ours(requests, measured)
     for at_once, group in DAY:
         before = len(requests.at)
@@ -257,7 +267,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """Tokens a second as a share of the best fixed shape's: a panel a cost, a line a group; the days below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * len(results), 7), layout="tight")
+    figure = Figure(figsize=(6.5 * len(results), 7), layout="tight")
     grid = figure.subplots(2, len(results), squeeze=False, sharey=True)
     for (name, of), (above, below) in zip(results.items(), grid.T, strict=True):
         for group in dict.fromkeys(row["group"] for row in of["worlds"]):
@@ -270,7 +280,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         names = [f"{row['at_once']}\n{row['group']}" for row in of["day"]]
         below.bar(range(len(names)), [row["ours"] / row["best_fixed"] for row in of["day"]])
         below.set(xticks=range(len(names)), xticklabels=names, xlabel="a day: requests at once")
-    grid[0, 0].legend(fontsize="small", title="benchmark, temperature", loc="lower left")
+    grid[0, 0].legend(fontsize="small", title="benchmark, temperature", loc="upper right")
     for axes in grid.flat:
         axes.axhline(1, color="grey", lw=0.8)
         axes.set(ylim=(0.85, 1.15), ylabel="of the best fixed shape (dots: oracle)")
@@ -282,13 +292,15 @@ def main() -> None:
     parser.add_argument("trace", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--roof", type=Path, required=True)
-    parser.add_argument("--steps", type=Path, required=True)
+    parser.add_argument("--steps", type=Path)
     args = parser.parse_args()
     trace, results = Trace(args.trace), {}
-    costs: list[tuple[Path, Callable[[Path], Seconds], bool, tuple[int, ...]]] = [
+    costs: list[tuple[Path | None, Callable[[Path], Seconds], bool, tuple[int, ...]]] = [
         (args.roof, roof, True, (1, 4, 16, 64, 128, 256)), (args.steps, steps, False, (1, 4, 16)),
     ]  # fmt: skip
     for file, read, measured, loads in costs:
+        if file is None:
+            continue
         device, seconds = json.loads(file.read_text())["device"], read(file)
         groups = [str(group) for group in dict.fromkeys(trace.groups)]
         rows = [world(trace, seconds, measured, load, group) for group in groups for load in loads]

@@ -11,7 +11,7 @@ from sglang_dflash.budget.cost import Cost
 from sglang_dflash.budget.gain import Gain
 from sglang_dflash.budget.shape import Shape
 
-PROBES = 0.01  # most of the time that may go to steps of other shapes than the best
+PROBES = 0.005  # most of the time that may go to steps of other shapes than the best
 # A shape is tried no more often than every so many steps: a larger one or one whose cost is a guess, and a smaller one,
 # whose cost alone may have changed.
 RARE = 16, 1000

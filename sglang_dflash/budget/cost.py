@@ -13,7 +13,7 @@ RATE = 0.1  # of a new measurement in what is believed
 SURPRISE = 0.7  # most that one measurement counts, in natural logarithms: a hiccup is no cost
 # Where nothing was measured before serving: a token's share of what a pass costs however few it reads, and a draft
 # pass's of the target's. So on a CPU, about: a GPU measures.
-PER_TOKEN, DRAFT = 0.05, 0.1
+PER_TOKEN, DRAFT = 0.03, 0.1
 
 
 class Cost:

@@ -15,8 +15,8 @@ from sglang_dflash.budget.shape import Shape
 
 KINDS = 2  # of requests: greedy, sampled
 MEMORY = 16  # steps in which a request forgets
-BOLD = 0.25  # most that one step counts for a request
-SERVER = 0.02  # of a step in what requests of a kind accept on the whole
+BOLD = 0.25  # most that one step counts
+SERVER = 0.02  # of a request's step in what requests of a kind accept on the whole: a batch of many tells it at once
 RATIOS = 0.01  # of a step in how much more a larger tree brings
 USUAL = 0.75  # of drafts at the first position are accepted, before any was seen
 MORE = 0.6  # by how much twice as many nodes bring more, in accepted tokens, before any was seen
@@ -71,4 +71,6 @@ class Gain:
         self._mean[requests] += rate * (whole - self._mean[requests])
         self._idle[requests] = 0
         for kind in np.unique(kinds):
-            self._usual[kind] += SERVER * (whole[kinds == kind].mean(0) - self._usual[kind])
+            of_kind = whole[kinds == kind]
+            rate_of_all = min(1 - (1 - SERVER) ** len(of_kind), BOLD)
+            self._usual[kind] += rate_of_all * (of_kind.mean(0) - self._usual[kind])

@@ -81,3 +81,12 @@ def test_new_requests_are_thought_to_be_like_others_of_their_kind() -> None:
     gain.begin(np.array([2, 3]), np.array([0, 1]))
     greedy, sampled = gain.expected(np.array([2, 3]))[:, 1]
     assert greedy > 1.9 and sampled < 0.1
+
+
+def test_a_large_batch_tells_at_once_what_is_usual() -> None:
+    """Where drafts do not pay few steps draft, and new requests are to be judged by those few."""
+    gain, many, sampled = Gain(SHAPES, 200), np.arange(128), np.ones(128, dtype=np.int64)
+    for _ in range(12):
+        gain.learn(many, sampled, 1, np.tile([0, 0, 0], (128, 1)), np.ones(128, dtype=np.int64))
+    gain.begin(np.array([150]), np.array([1]))
+    assert gain.expected(np.array([150]))[0, 1] < 0.1

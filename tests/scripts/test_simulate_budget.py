@@ -48,12 +48,18 @@ def test_what_each_shape_accepts(simulator: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("walk", "best"), [([1, 2, 5, 6, 9, 30], 31), ([], 0)], ids=["a draft", "a useless draft"])
 @pytest.mark.parametrize("measured", [True, False])
 def test_ours_finds_the_best(
-    simulator: ModuleType, tmp_path: Path, walk: list[int], best: int, measured: bool
+    simulator: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    walk: list[int],
+    best: int,
+    measured: bool,
 ) -> None:
+    monkeypatch.setattr(simulator, "SETTLING", 1500)  # half a per cent of the time goes to finding out
     trace = simulator.Trace(record(tmp_path / "t.npz", {"gsm8k 0": walk}))
     row = simulator.world(trace, lambda requests, shape: 1.0 + 0.005 * shape.nodes, measured, 4, "gsm8k 0")
     assert row["nodes"] == best
-    assert row["ours"] > (0.96 if measured else 0.9) * row["best_fixed"]  # it has some 200 steps to find out
+    assert row["ours"] > 0.96 * row["best_fixed"]
     assert row["oracle"] > 0.98 * row["best_fixed"]
 
 
