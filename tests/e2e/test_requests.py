@@ -83,7 +83,7 @@ def flat(entry: object) -> list[float]:
     [
         ({"return_hidden_states": True}, "hidden"),
         ({"return_sampling_mask": True}, "return_sampling_mask"),
-        ({"sampling_params": {"sampling_seed": 2**64}}, "the seed is"),
+        ({"sampling_params": {"sampling_seed": 2**63}}, "sampling_seed"),
         ({"sampling_params": {"beam_width": 2}}, "Beam search"),
         ({"watermark": {"enabled": True}}, "watermark"),
     ],
