@@ -31,7 +31,8 @@ __device__ inline float gumbel(float rest) { return -logf(-log1pf(-rest)); }
 
 constexpr float kRough = 1e-3f;  // more than rough_gumbel errs by
 
-// The same in fast intrinsics, the same bits wherever it is inlined. Where rest is small the logarithm's series says more than the logarithm.
+// The same in fast intrinsics, the same bits wherever it is inlined. Where rest is small the logarithm's series says more
+// than the logarithm.
 __device__ inline float rough_gumbel(float rest) {
   return -__logf(rest < 1.f / 256.f ? __fmul_rn(rest, __fmaf_rn(0.5f, rest, 1.f)) : -__logf(1.f - rest));
 }

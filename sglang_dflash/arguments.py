@@ -322,10 +322,12 @@ def _check_shares(server_args: Any, draft: DraftConfig) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     ranks = resolving_view(server_args).tp_size
-    heads = draft.num_kv_heads  # fewer than ranks: several have the same
-    parts = {"attention heads": draft.num_heads, "key-value heads": heads, "MLP columns": draft.intermediate_size}
+    parts = {"attention heads": draft.num_heads, "key-value heads": draft.num_kv_heads,
+             "MLP columns": draft.intermediate_size}  # fmt: skip
+    if ranks % draft.num_kv_heads == 0:
+        del parts["key-value heads"]  # of fewer heads than ranks several ranks have the same
     for what, count in parts.items():
-        if count % ranks and not (what == "key-value heads" and ranks % count == 0):
+        if count % ranks:
             raise ValueError(
                 f"the draft's {count} {what} cannot be shared evenly by --tp-size {ranks}: give a size that divides "
                 "them, or more replicas (--dp-size)"

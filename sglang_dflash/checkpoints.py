@@ -30,9 +30,9 @@ class Checkpoint(NamedTuple):
     def beside(self, name: str) -> Path | None:
         """A file beside its config.json, from the hub if need be; None where there is none."""
         folder = self.folder()
-        if folder is None or (folder / name).is_file() or not self.is_on_hub:
-            return folder / name if folder is not None and (folder / name).is_file() else None
-        return _cached_file(self, name)
+        if folder is not None and (folder / name).is_file():
+            return folder / name
+        return _cached_file(self, name) if self.is_on_hub else None
 
     def tensor_shapes(self) -> dict[str, Shape]:
         """Name and shape of every tensor, from headers alone; none where only SGLang knows the way to them.

@@ -145,7 +145,8 @@ class DFlashWorker(BaseSpecWorker):
     ) -> GenerationBatchResult:
         if batch.has_grammar and grammar_barrier is not None:
             grammar_barrier()  # a mixed batch samples running requests too
-        if penalised := self.penalties.of(batch, batch.seq_lens, batch.decoding_reqs or ()):
+        penalised = self.penalties.of(batch, batch.seq_lens, batch.decoding_reqs or ())
+        if penalised is not None:
             batch.sampling_info = dataclasses.replace(batch.sampling_info, penalizer_orchestrator=penalised)
         result = self._target_worker.forward_batch_generation(
             batch, capture_hidden_mode=CaptureHiddenMode.FULL, return_kv_loc_plan=True
@@ -159,7 +160,7 @@ class DFlashWorker(BaseSpecWorker):
             features, _extend_positions(batch), plan.write_ids(self.draft.runner.kv_index_translator)
         )
         first = result.next_token_ids
-        self.penalties.follow(batch, batch.seq_lens, first[:, None], torch.ones_like(first))
+        self.penalties.follow(penalised, batch.seq_lens, first[:, None], torch.ones_like(first))
         result.next_draft_input = Carry.of(first, batch.seq_lens)
         return result
 
@@ -180,7 +181,7 @@ class DFlashWorker(BaseSpecWorker):
         if masks is not None:
             masks.apply(output.next_token_logits, grammar_barrier)
         walked = self._sample_and_walk(batch, window, output, positions, tree, penalised)
-        self.penalties.follow(batch, lengths, walked.tokens, walked.lens)
+        self.penalties.follow(penalised, lengths, walked.tokens, walked.lens)
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
         commit(window, tree, walked, features, self._target_pools, self.draft)

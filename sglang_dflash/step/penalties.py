@@ -48,12 +48,14 @@ def leave_uncounted(original: Callable[..., None], info: Any, batch: Any, vocab_
 class Penalised:
     """What the penalised requests of one batch, P of them, have emitted: with every sample so far, the roots included.
 
-    rows [P]: theirs in the batch. owners, tokens [N]: what was emitted, with repetitions, by whom (an index into rows).
-    counts [P, V]. settings [3, P] float32: frequency, presence and repetition penalty. lacking [P]: tokens until an end
-    is allowed. stop_owners, stops [M]: tokens that end a request, of those that lack any.
-    On the logits' device, and int64 where nothing is said; counts int32.
+    numbers: rows in the batch by SGLang's numbers of requests, on the host; rows [P]: the same rows. owners, tokens
+    [N]: what was emitted, with repetitions, by whom (an index into rows). counts [P, V]. settings [3, P] float32:
+    frequency, presence and repetition penalty. lacking [P]: tokens until an end is allowed. stop_owners, stops [M]:
+    tokens that end a request, of those that lack any.
+    Tensors are on the logits' device, and int64 where nothing is said; counts int32.
     """
 
+    numbers: dict[int, int]
     rows: Tensor
     owners: Tensor
     tokens: Tensor
@@ -149,6 +151,7 @@ class Penalties:
             [token for ids in ends for token in ids],
         )
         return Penalised(
+            numbers={req.kv.req_pool_idx: row for req, row in zip(reqs, which, strict=True)},
             rows=rows,
             owners=owners,
             tokens=tokens,
@@ -159,11 +162,13 @@ class Penalties:
             stops=stops,
         )
 
-    def follow(self, batch: Any, lengths: Tensor, tokens: Tensor, lens: Tensor) -> None:
-        """A pass has emitted the first lens [bs] of tokens [bs, n] behind lengths [bs]: the host learns of it later."""
-        rows = {req.kv.req_pool_idx: row for row, req in enumerate(batch.reqs) if penalised(req)}
+    def follow(self, found: Penalised | None, lengths: Tensor, tokens: Tensor, lens: Tensor) -> None:
+        """A pass has emitted the first lens [bs] of tokens [bs, n] behind lengths [bs]: the host learns of it later.
+
+        found: what `of` gave for its batch.
+        """
         # A batch's own lengths are another stream's memory, kept for this pass alone.
-        self._last = _Pass(rows, lengths.clone(), tokens, lens) if rows else None
+        self._last = _Pass(found.numbers, lengths.clone(), tokens, lens) if found is not None else None
 
     def _output(self, reqs: list[Any], running: set[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Owners and tokens [N] int64, and weights int32: 0 of what was not emitted, or is there already."""

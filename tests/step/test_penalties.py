@@ -144,11 +144,12 @@ class Scheduler:
         batch, lengths = batch_of(reqs), lengths_of(reqs)
         logits = torch.randn(len(reqs), VOCAB)
         raw = logits.clone()
-        sampler_settings(self.penalties.of(batch, lengths, mixed)).apply_logits_bias(logits)
+        found = self.penalties.of(batch, lengths, mixed)
+        sampler_settings(found).apply_logits_bias(logits)
         whole = [req not in partial for req in reqs]
         close(logits[whole], [said(r, x, []) for r, x, ok in zip(reqs, raw, whole, strict=True) if ok])
         tokens = torch.randint(VOCAB, (len(reqs),), dtype=torch.int32)
-        self.penalties.follow(batch, lengths, tokens[:, None], torch.ones_like(tokens))
+        self.penalties.follow(found, lengths, tokens[:, None], torch.ones_like(tokens))
         self.waiting = [*partial, *(r for r in self.waiting if r not in new)]
         self.running = [*self.running, *(r for r in new if r not in partial)]
         emit = [(r, [t]) for r, t, ok in zip(reqs, tokens.tolist(), whole, strict=True) if ok]
@@ -163,7 +164,8 @@ class Scheduler:
         tree = a_tree([req.true[-1] for req in reqs], self.rng)
         logits = torch.randn(len(reqs), WIDTH, VOCAB)
         raw, block = logits.clone(), logits[:, :DEPTH].clone()
-        if found := self.penalties.of(batch, lengths, reqs):
+        found = self.penalties.of(batch, lengths, reqs)
+        if found is not None:
             found.along(logits, tree)
             found.at_depths(block)
         paths = [[path_of(tree, b, node) for node in range(WIDTH)] for b in range(len(reqs))]
@@ -174,7 +176,7 @@ class Scheduler:
         runs = [[*paths[b][node], self.rng.randrange(VOCAB)] for b, node in enumerate(walked)]
         self.drafted += sum(len(run) - 1 for run in runs)
         tokens = torch.tensor([run + [0] * (DEPTH + 1 - len(run)) for run in runs])
-        self.penalties.follow(batch, lengths, tokens, torch.tensor([len(run) for run in runs], dtype=torch.int32))
+        self.penalties.follow(found, lengths, tokens, torch.tensor([len(run) for run in runs], dtype=torch.int32))
         self.emit(list(zip(reqs, runs, strict=True)))
 
     def emit(self, runs: list[tuple[Request, list[int]]]) -> None:
@@ -247,7 +249,7 @@ def forgets_the_retracted(patch: pytest.MonkeyPatch) -> None:
 
 def counts_what_the_host_knows_again(patch: pytest.MonkeyPatch) -> None:
     follow = Penalties.follow
-    patch.setattr(Penalties, "follow", lambda self, batch, lengths, *more: follow(self, batch, lengths + 99, *more))
+    patch.setattr(Penalties, "follow", lambda self, found, lengths, *more: follow(self, found, lengths + 99, *more))
 
 
 def counts_samples_of_unfinished_prompts(patch: pytest.MonkeyPatch) -> None:
@@ -281,8 +283,9 @@ def test_batches_without_penalties_pay_nothing(monkeypatch: pytest.MonkeyPatch) 
     told = Penalties()
     reqs = [request(3), request(3, min_new_tokens=2)]
     reqs[1].output_ids = [5, 6]  # long enough
-    assert told.of(batch_of(reqs), lengths_of(reqs), reqs) is None
-    told.follow(batch_of(reqs), lengths_of(reqs), torch.zeros(2, 1), torch.ones(2))
+    found = told.of(batch_of(reqs), lengths_of(reqs), reqs)
+    assert found is None
+    told.follow(found, lengths_of(reqs), torch.zeros(2, 1), torch.ones(2))
     assert told._last is None
 
 
