@@ -139,13 +139,11 @@ def _take_over() -> None:
         f"{managers}.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._select_runners": select_runners,
     }  # fmt: skip
     if current_platform.device_type == "cuda":
-        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+        from sglang_dflash.platforms.cuda import attention, register_attention
 
-        from sglang_dflash.platforms.cuda import FAST_ATTENTION, attention
-
-        register_attention_backend(FAST_ATTENTION)(attention.WindowAttentionBackend)
+        register_attention()
         runners = "sglang.srt.model_executor.runner"
-        around[f"{runners}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture"] = attention.capture_both_ways
+        around[f"{runners}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture"] = attention.capture_each_way
     for target, hook in around.items():
         HookRegistry.register(target, hook, HookType.AROUND)
     HookRegistry.apply_hooks()

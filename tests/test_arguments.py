@@ -453,19 +453,31 @@ def settle(**arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend", "decode", "prefill"),
+    ("asked", "backend", "decode", "prefill"),
     [
-        ("auto", "fa3", "full", "breakable"),
-        ("bfloat16", "fa3", "full", "breakable"),
-        ("float32", "plain_torch", "disabled", "disabled"),
+        ({"dtype": "auto"}, "fa3", "full", "breakable"),
+        ({"dtype": "bfloat16"}, "fa3", "full", "breakable"),
+        ({"attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
+        ({"prefill_attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
+        ({"dtype": "float32"}, "plain_torch", "disabled", "disabled"),
     ],
 )
-def test_what_serves_on_cuda(on_hopper: None, dtype: str, backend: str, decode: str, prefill: str) -> None:
-    settled = settle(dtype=dtype)
+def test_what_serves_on_cuda(
+    on_hopper: None, asked: dict[str, Any], backend: str, decode: str, prefill: str
+) -> None:
+    settled = settle(**asked)
     assert (settled.attention_backend, settled.speculative_draft_attention_backend) == (backend, backend)
     graphs = settled.cuda_graph_config
     assert (graphs.decode.backend, graphs.prefill.backend) == (decode, prefill)
     assert settled.speculative_num_draft_tokens == 32
+
+
+def test_flashinfer_serves_where_there_is_no_flash_attention_3(
+    on_hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (12, 0))
+    settled = settle()
+    assert (settled.attention_backend, settled.speculative_draft_attention_backend) == ("flashinfer",) * 2
 
 
 def test_as_many_requests_run_as_there_are_graphs_for_and_each_joins_at_once(on_hopper: None) -> None:

@@ -1,4 +1,7 @@
-"""Which way a window pass goes, what it is given, and what a CUDA graph is recorded of: SGLang's backend is a fake."""
+"""Which way a window pass goes beside FlashAttention-3, what it is given, what a CUDA graph is recorded of.
+
+SGLang's backend is a fake.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,19 @@ from typing import Any
 import pytest
 import sglang.srt.layers.attention as sglang_attention
 import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 
+from sglang_dflash import kernels
 from sglang_dflash.platforms.cuda import SHORT_PREFIX
+from sglang_dflash.platforms.cuda.attention import capture_each_way
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 NARROW, WIDE = 2, 64
-OURS, THEIRS = "sglang_dflash.platforms.cuda.attention", "flashattention_backend"
+OURS, THEIRS = "sglang_dflash.platforms.cuda.fa3", "flashattention_backend"
 
 
-class FakeBase:
+class FakeBase(AttentionBackend):
     """SGLang's backend, which only a machine with CUDA can import."""
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None: ...
@@ -30,7 +36,7 @@ class FakeBase:
 
 
 @pytest.fixture
-def attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def fa3(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Our module over the fake one; both are gone afterwards."""
     fake = ModuleType(THEIRS)
     fake.FlashAttentionBackend = FakeBase
@@ -44,9 +50,9 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 @pytest.fixture
-def backend(attention: ModuleType) -> Any:
+def backend(fa3: ModuleType) -> Any:
     """One whose kernels write down how they were called."""
-    made = attention.WindowAttentionBackend()
+    made = fa3.FlashAttentionWindows()
     made.__dict__.update(
         num_attention_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, page_size=1, device="cpu",
         kv_cache_dtype=torch.float32, has_softcap=False, num_splits=0, fa_impl_ver=3,
@@ -98,33 +104,31 @@ def test_wide_windows_behind_long_or_unknown_prefixes_go_two_ways(
         assert backend.scheduled[0]["cache_seqlens"].tolist() == [5, 6]
 
 
-def test_a_draft_that_reaches_no_further_goes_one_way(
-    attention: ModuleType, backend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_draft_that_reaches_no_further_goes_one_way(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     backend.reach = 96
     assert backend.ways(WIDE) is None
     backend.init_forward_metadata(batch(WIDE, [5, 6], None, SHORT_PREFIX + 1))
     assert backend._in_one and not backend.scheduled
     given: list[Any] = []
-    monkeypatch.setattr(attention.kernels, "tree_attention", lambda *a: given.append(a) or a[0])
+    monkeypatch.setattr(kernels, "tree_attention", lambda *a: given.append(a) or a[0])
     q, k, v = (torch.zeros(2 * WIDE, heads * DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
     backend.forward_extend(q, k, v, layer(), batch(WIDE, [5, 6], None))
     assert given[0][-2:] == (96, None)
 
 
-def test_graphs_are_recorded_of_both_ways_where_there_are_two(attention: ModuleType, backend: Any) -> None:
-    for width, variants in ((NARROW, None), (WIDE, attention.Ways)):
+def test_graphs_are_recorded_of_both_ways_where_there_are_two(fa3: ModuleType, backend: Any) -> None:
+    for width, variants in ((NARROW, None), (WIDE, fa3.Ways)):
         seen: list[Any] = []
         runner = SimpleNamespace(attn_backend=backend, captured_req_width=width)
-        attention.capture_both_ways(lambda r, seen=seen: seen.append(r.attention_graph_variants), runner)
+        capture_each_way(lambda r, seen=seen: seen.append(r.attention_graph_variants), runner)
         assert seen == [variants]
 
 
 @pytest.mark.parametrize(("variant", "in_one"), [("short prefix", True), ("long prefix", False), (None, True)])
 def test_a_graph_holds_the_way_it_is_recorded_of(
-    attention: ModuleType, backend: Any, monkeypatch: pytest.MonkeyPatch, variant: str | None, in_one: bool
+    fa3: ModuleType, backend: Any, monkeypatch: pytest.MonkeyPatch, variant: str | None, in_one: bool
 ) -> None:
-    monkeypatch.setattr(attention, "get_capture_attention_variant", lambda: variant)
+    monkeypatch.setattr(fa3, "get_capture_attention_variant", lambda: variant)
     backend.make_room({WIDE: 2})
     backend.init_forward_metadata_out_graph(batch(WIDE, [1, 1], None), in_capture=True)
     assert backend._in_one is in_one
@@ -145,7 +149,7 @@ def test_rows_that_pad_a_batch_see_themselves_and_buffers_stay_in_place(backend:
 
 
 def test_tables_stay_where_the_first_graphs_found_them(
-    attention: ModuleType, backend: Any, monkeypatch: pytest.MonkeyPatch
+    fa3: ModuleType, backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(FakeBase, "init_cuda_graph_state", lambda self, *sizes: asked.append(sizes))
@@ -163,7 +167,7 @@ def test_tables_stay_where_the_first_graphs_found_them(
 @pytest.mark.parametrize("in_one", [True, False])
 @pytest.mark.parametrize("save", [True, False])
 def test_each_way_calls_its_kernels(
-    attention: ModuleType, backend: Any, monkeypatch: pytest.MonkeyPatch, in_one: bool, save: bool
+    backend: Any, monkeypatch: pytest.MonkeyPatch, in_one: bool, save: bool
 ) -> None:
     calls: list[tuple[str, Any]] = []
     rows = 2 * WIDE
@@ -172,8 +176,8 @@ def test_each_way_calls_its_kernels(
     def note(name: str, *result: Any) -> Callable[..., Any]:
         return lambda *args, **named: (calls.append((name, (*args, named))), result)[1] if result else None
 
-    monkeypatch.setattr(attention.kernels, "tree_attention", lambda *a: calls.append(("one", a)) or a[0])
-    monkeypatch.setattr(attention.kernels, "window_attention", lambda *a: calls.append(("window", a)))
+    monkeypatch.setattr(kernels, "tree_attention", lambda *a: calls.append(("one", a)) or a[0])
+    monkeypatch.setattr(kernels, "window_attention", lambda *a: calls.append(("window", a)))
     backend.get_paged_mha_kv_cache = lambda layer: ("keys", "values")
     backend.flash_attn_with_kvcache = note("prefix", torch.zeros(2, WIDE, HEADS, DIM), torch.zeros(HEADS, rows))
     backend.init_forward_metadata(batch(WIDE, [5, 6], None, SHORT_PREFIX + (not in_one)))
@@ -188,11 +192,11 @@ def test_each_way_calls_its_kernels(
 
 
 @pytest.fixture
-def called(attention: ModuleType, backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+def called(backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """The calls that a backend's layers make, by op."""
     calls: list[tuple[str, Any]] = []
-    monkeypatch.setattr(attention.kernels, "tree_attention", lambda *a: calls.append(("one", a)) or a[0])
-    monkeypatch.setattr(attention.kernels, "window_attention", lambda *a: calls.append(("window", a)))
+    monkeypatch.setattr(kernels, "tree_attention", lambda *a: calls.append(("one", a)) or a[0])
+    monkeypatch.setattr(kernels, "window_attention", lambda *a: calls.append(("window", a)))
     backend.get_paged_mha_kv_cache = lambda layer: ("keys", "values")
     prefix = torch.zeros(2, WIDE, HEADS, DIM), torch.zeros(HEADS, 2 * WIDE)
     backend.flash_attn_with_kvcache = lambda **named: calls.append(("prefix", named)) or prefix

@@ -39,7 +39,23 @@ TARGET = Target(
     [
         ({}, {}, {}, (9, 0), ""),
         ({"attention_backend": "fa3"}, {}, {}, (8, 0), ""),
-        ({}, {}, {}, (10, 0), "FlashAttention-3, which compute capability 10.0 has not"),
+        ({}, {}, {}, (10, 0), ""),
+        ({}, {}, {}, (7, 5), "the GPU has compute capability 7.5, and trees need 8.0"),
+        ({"attention_backend": "flashinfer"}, {}, {}, (9, 0), ""),
+        ({"attention_backend": "flashinfer"}, {}, {}, (12, 0), ""),
+        ({"prefill_attention_backend": "flashinfer"}, {}, {}, (8, 6), ""),
+        ({"attention_backend": "flashinfer"}, {}, {"head_dim": 80}, (9, 0), "target's head size 80 is not 64"),
+        ({"attention_backend": "fa3"}, {}, {}, (10, 0), "--attention-backend fa3 reads no tree, flashinfer does"),
+        ({"attention_backend": "trtllm_mha"}, {}, {}, (10, 0), "trtllm_mha reads no tree, flashinfer does"),
+        ({"dtype": "float32", "attention_backend": "flashinfer"}, {}, {}, (9, 0), "flashinfer reads no tree"),
+        (
+            {"prefill_attention_backend": "flashinfer", "decode_attention_backend": "fa3"}, {}, {}, (9, 0),
+            "--decode-attention-backend fa3 reads no tree, flashinfer does",
+        ),
+        (
+            {"speculative_draft_attention_backend": "flashinfer"}, {}, {}, (9, 0),
+            "--speculative-draft-attention-backend flashinfer reads no tree, fa3 does",
+        ),
         ({"attention_backend": "triton"}, {}, {}, (9, 0), "--attention-backend triton reads no tree, fa3 does"),
         ({"tp_size": 2}, {}, {}, (9, 0), "--tp-size 2 is more than one"),
         ({"dtype": "float32"}, {}, {}, (9, 0), ""),
@@ -48,6 +64,7 @@ TARGET = Target(
         ({"speculative_draft_attention_backend": "plain_torch"}, {}, {}, (9, 0), "reads no tree, fa3 does"),
         ({}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (9, 0), "it slides, which window passes of fa3 do not serve"),
         ({}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (9, 0), "it has sinks, which window passes of fa3 do not"),
+        ({}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (10, 0), "which window passes of flashinfer do not"),
         ({"dtype": "float32"}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (9, 0), "window passes of plain_torch do"),
         ({}, {}, {"head_dim": 80}, (9, 0), "target's head size 80 is not 64, 128 or 256"),
         ({"dtype": "float32"}, {}, {"head_dim": 80}, (9, 0), ""),
@@ -56,7 +73,7 @@ TARGET = Target(
         ({}, {"window_left": (-1, 127, -1)}, {}, (9, 0), ""),
         ({}, {"causal_layers": (True, False, True)}, {}, (9, 0), ""),
     ],
-)
+)  # fmt: skip
 def test_what_cuda_does_not_serve(
     asked: dict[str, Any], draft: dict[str, Any], target: dict[str, Any], capability: tuple[int, int], reason: str
 ) -> None:
@@ -70,4 +87,6 @@ def test_what_sglang_chose_itself_is_no_wish() -> None:
     """On Ampere, and for a chain with large pages, SGLang's default is flashinfer."""
     settled = SimpleNamespace(**{**ASKED, "attention_backend": "flashinfer"})
     draft = DraftConfig.load(embedded.DRAFT)
-    assert cuda.unserved(SimpleNamespace(**ASKED), settled, draft, TARGET, (8, 0)) == ""
+    asked = SimpleNamespace(**ASKED)
+    assert cuda.unserved(asked, settled, draft, TARGET, (8, 0)) == ""
+    assert cuda.attention_backend(asked, "auto", (8, 0)) == "fa3"

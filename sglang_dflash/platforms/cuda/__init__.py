@@ -1,4 +1,4 @@
-"""CUDA: attention of window passes beside SGLang's FlashAttention-3 backend, and what window passes cannot do there."""
+"""CUDA: which of SGLang's attention backends window passes run beside, and what they cannot do there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from sglang_dflash.kernels.limits import HEAD_SIZES
 from sglang_dflash.platforms import PLAIN_ATTENTION, Backend, either, other_attention
 from sglang_dflash.targets import Target
 
-FAST_ATTENTION = "fa3"
+FAST_ATTENTION, ANY_ATTENTION = "fa3", "flashinfer"
 # Sinks and targets' sliding layers are in the ops, and have not been seen on a GPU.
 BACKENDS = {
     FAST_ATTENTION: Backend(FAST_ATTENTION, head_sizes=HEAD_SIZES),
+    ANY_ATTENTION: Backend(ANY_ATTENTION, head_sizes=HEAD_SIZES),
     PLAIN_ATTENTION: Backend(PLAIN_ATTENTION),
 }
-FAST_CAPABILITIES = 8, 9  # first numbers of the compute capabilities it is made for
-# Where one op attends to prefix and window, which scripts/time_attention.py has found the faster way:
+FAST_CAPABILITIES = 8, 9  # first numbers of the compute capabilities that FlashAttention-3 is made for
+LEAST_CAPABILITY = 8, 0  # of our ops
+# Where one op attends to prefix and window, beside FlashAttention-3 (scripts/time_attention.py has found it faster):
 SHORT_PREFIX = 768  # behind prefixes of up to so many tokens, however wide the window is
 NARROW = 16  # and in windows of up to so many rows, tokens times query heads a key, behind any prefix
 
@@ -26,12 +28,18 @@ def is_narrow(width: int, heads: int, kv_heads: int) -> bool:
     return width * (heads // kv_heads) <= NARROW
 
 
-def attention_backend(dtype: str) -> str:
-    """Which attention backend serves target and draft at this --dtype: FlashAttention-3 takes 16 bits only.
+def attention_backend(asked: Any, dtype: str, capability: tuple[int, int]) -> str:
+    """Which attention backend serves target and draft at this --dtype on such a GPU: FlashAttention-3 where there is
+    one, unless FlashInfer is asked for. Both take 16 bits only.
 
-    "auto" is never float32: SGLang serves a checkpoint in float32 as float16.
+    asked: what the user gave. "auto" is never float32: SGLang serves a checkpoint in float32 as float16.
     """
-    return PLAIN_ATTENTION if dtype in ("float32", "float") else FAST_ATTENTION
+    if dtype in ("float32", "float"):
+        return PLAIN_ATTENTION
+    wishes = asked.attention_backend, asked.prefill_attention_backend, asked.decode_attention_backend
+    if ANY_ATTENTION in wishes or capability[0] not in FAST_CAPABILITIES:
+        return ANY_ATTENTION
+    return FAST_ATTENTION
 
 
 def unserved(
@@ -44,9 +52,9 @@ def unserved(
     """
     if arguments.tp_size > 1:
         return f"--tp-size {arguments.tp_size} is more than one, and trees have been shared by ranks on CPUs alone"
-    backend = attention_backend(arguments.dtype)
-    if backend == FAST_ATTENTION and capability[0] not in FAST_CAPABILITIES:
-        return f"trees need FlashAttention-3, which compute capability {capability[0]}.{capability[1]} has not"
+    if capability < LEAST_CAPABILITY:
+        return "the GPU has compute capability {}.{}, and trees need {}.{}".format(*capability, *LEAST_CAPABILITY)
+    backend = attention_backend(asked, arguments.dtype, capability)
     if other := other_attention(asked, backend):
         return f"{other} reads no tree, {backend} does"
     if lacking := next(BACKENDS[backend].lacks(target), ""):
@@ -54,3 +62,23 @@ def unserved(
     if draft.head_dim not in HEAD_SIZES:
         return f"the draft's head size {draft.head_dim} is not {either(HEAD_SIZES)}"
     return ""
+
+
+def register_attention() -> None:
+    """Put ours in place of SGLang's backends; each is imported when a runner is to have it."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    register_attention_backend(FAST_ATTENTION)(_make_fast_attention)
+    register_attention_backend(ANY_ATTENTION)(_make_any_attention)
+
+
+def _make_fast_attention(runner: Any) -> Any:
+    from sglang_dflash.platforms.cuda.fa3 import FlashAttentionWindows
+
+    return FlashAttentionWindows(runner)
+
+
+def _make_any_attention(runner: Any) -> Any:
+    from sglang_dflash.platforms.cuda.flashinfer import FlashInferWindows
+
+    return FlashInferWindows(runner)

@@ -1,0 +1,204 @@
+"""Window passes beside FlashInfer, without a GPU: SGLang's backend is a fake, its kernel of slot tables interpreted.
+
+Triton decides when it is imported whether it interprets, so that is done in a process of its own: this file, run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import sglang.srt.layers.attention as sglang_attention
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType
+
+HEADS, KV_HEADS, SIZE, ROWS, COLUMNS = 4, 2, 8, 6, 400
+THEIRS = "flashinfer_backend"
+# Prefixes of a batch, and of the pass that replays its graph: the last of three requests only pads the second.
+LENS, LATER = (1, 100, 257), (300, 7, 1)
+
+
+class FakeBase(AttentionBackend):
+    """SGLang's backend, which plans every pass that it is told of."""
+
+    def __init__(self, runner: Any, init_new_workspace: bool = False) -> None:
+        self.req_to_token_pool, self.token_to_kv_pool = runner.req_to_token_pool, runner.token_to_kv_pool
+        self.planned: list[Any] = []
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        self.planned.append(forward_batch.forward_mode)
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        self.planned.append(forward_batch.forward_mode)
+
+    def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, *_: Any, **__: Any) -> str:
+        return "FlashInfer's"
+
+
+def backend(page_size: int) -> Any:
+    """Ours over the fake, beside a pool whose every slot holds something; what no op may read is not a number."""
+    fake = ModuleType(THEIRS)
+    fake.FlashInferAttnBackend = FakeBase  # type: ignore[attr-defined]
+    sys.modules[f"{sglang_attention.__name__}.{THEIRS}"] = fake
+    sglang_attention.flashinfer_backend = fake
+    from sglang_dflash.platforms.cuda.flashinfer import FlashInferWindows
+
+    torch.manual_seed(page_size)
+    pages = 1 + torch.randperm(ROWS * COLUMNS // page_size)
+    slots = (pages[:, None] * page_size + torch.arange(page_size)).view(ROWS, -1)[:, : COLUMNS - page_size]
+    caches = torch.randn(2, (len(pages) + 1) * page_size, KV_HEADS, SIZE)
+    return FlashInferWindows(
+        SimpleNamespace(
+            init_new_workspace=False,
+            device="cpu",
+            req_to_token_pool=SimpleNamespace(req_to_token=slots.int()),
+            token_to_kv_pool=SimpleNamespace(get_kv_buffer=lambda layer: caches),
+        )
+    )
+
+
+def batch(lens: tuple[int, ...], rows: tuple[int, ...], width: int, mask: torch.Tensor | None) -> Any:
+    return SimpleNamespace(
+        forward_mode=SimpleNamespace(is_target_verify=lambda: True),
+        batch_size=len(lens),
+        seq_lens=torch.tensor(lens),
+        seq_lens_cpu=None,
+        req_pool_indices=torch.tensor(rows),
+        positions=(torch.tensor(lens)[:, None] + torch.arange(width)).flatten(),
+        spec_info=SimpleNamespace(draft_token_num=width, window_mask=mask),
+        out_cache_loc=torch.zeros(len(lens) * width, dtype=torch.int64),
+    )
+
+
+def layer(slides: int) -> Any:
+    return SimpleNamespace(
+        layer_id=0, sliding_window_size=slides or -1, attn_type=AttentionType.DECODER, tp_q_head_num=HEADS,
+        tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS, head_dim=SIZE, scaling=0.4, logit_cap=0.0,
+    )  # fmt: skip
+
+
+def ancestors(bs: int, width: int) -> torch.Tensor:
+    """A random tree's: each node sees itself and what its parent sees."""
+    mask = torch.eye(width, dtype=torch.bool).repeat(bs, 1, 1)
+    for node in range(1, width):
+        mask[torch.arange(bs), node] |= mask[torch.arange(bs), torch.randint(node, (bs,))]
+    return mask
+
+
+def reference(
+    one: Any, given: Any, mask: torch.Tensor, qkv: list[torch.Tensor], reach: int, slides: int
+) -> torch.Tensor:
+    """Each row by itself: softmax over the keys that it sees, prefix and window one after the other."""
+    caches, width = one.token_to_kv_pool.get_kv_buffer(0), mask.shape[1]
+    q, k, v = (x.view(len(mask), width, -1, SIZE) for x in qkv)
+    out = torch.zeros(len(mask), width, HEADS, SIZE)
+    for b, (length, row) in enumerate(zip(given.seq_lens.tolist(), given.req_pool_indices.tolist(), strict=True)):
+        slots = one.req_to_token_pool.req_to_token[row, :length].long()
+        for i in range(width):
+            first = max(0, length - reach if reach else 0, length + i - slides if slides else 0)
+            own = mask[b, i] & (torch.arange(width) >= (i - slides if slides else 0))
+            keys, values = (
+                torch.cat([cache[slots[first:]], new[b, own]]).repeat_interleave(HEADS // KV_HEADS, 1)
+                for cache, new in ((caches[0], k), (caches[1], v))
+            )
+            weights = (torch.einsum("hd,lhd->hl", q[b, i], keys) * 0.4).softmax(-1)
+            out[b, i] = torch.einsum("hl,lhd->hd", weights, values)
+    return out.view(len(mask) * width, -1)
+
+
+def error(page_size: int, width: int, reach: int, slides: int, captured: bool) -> float:
+    """How far a pass is from the reference; a captured one replays what was recorded of other requests."""
+    one, rows = backend(page_size), (3, 0, 5)
+    one.reach, one.masks_are_causal = reach, True
+    mask = ancestors(3, width)
+    if captured:
+        one.make_room({width: 4, 1: 8})
+        one.init_cuda_graph_state(4, 4 * width)
+        buffers = batch((1, 1, 1), (0, 0, 0), width, None)
+        one.init_forward_metadata_out_graph(buffers, in_capture=True)
+        for lens in (LENS, LATER):
+            buffers.seq_lens.copy_(torch.tensor(lens))
+            buffers.req_pool_indices.copy_(torch.tensor(rows))
+            buffers.positions.copy_(batch(lens, rows, width, None).positions)
+            buffers.spec_info.window_mask = mask[:2]  # of the requests that are there
+            one.init_forward_metadata_out_graph(buffers)
+            one.init_forward_metadata_in_graph(buffers)  # what a replay runs
+        mask[2] = torch.eye(width, dtype=torch.bool)
+        given = buffers
+    else:
+        given = batch(LENS, rows, width, mask)
+        one.init_forward_metadata(given)
+    assert not one.planned
+    before = one.req_to_token_pool.req_to_token.clone()
+    one.req_to_token_pool.req_to_token.fill_(0)  # as if every row had been given away by now
+    qkv = [torch.randn(3 * width, heads * SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    got = one.forward_extend(*qkv, layer(slides), given)
+    one.req_to_token_pool.req_to_token.copy_(before)
+    return (got - reference(one, given, mask, qkv, reach, slides)).abs().max().item()
+
+
+CASES = [
+    (page_size, width, reach, slides, captured)
+    for page_size in (1, 16, 50)
+    for width, reach, slides in ((1, 0, 0), (2, 0, 0), (16, 0, 0), (16, 60, 0), (9, 0, 4), (5, 30, 70))
+    for captured in (False, True)
+]
+
+
+@pytest.fixture(scope="module")
+def errors() -> list[float]:
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])["errors"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[str(case) for case in CASES])
+def test_a_pass_sees_its_prefix_and_its_ancestors(errors: list[float], case: int) -> None:
+    assert errors[case] < 1e-5
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One over the fake; both are gone afterwards."""
+    name = f"{sglang_attention.__name__}.{THEIRS}"
+    monkeypatch.setitem(sys.modules, name, ModuleType(THEIRS))
+    monkeypatch.setattr(sglang_attention, THEIRS, None, raising=False)
+    monkeypatch.delitem(sys.modules, "sglang_dflash.platforms.cuda.flashinfer", raising=False)
+    made = backend(1)
+    yield made
+    del sys.modules["sglang_dflash.platforms.cuda.flashinfer"]
+
+
+def test_other_passes_are_flashinfer_s_own(ours: Any) -> None:
+    prefill = batch((3, 4), (1, 2), 1, None)
+    prefill.forward_mode = SimpleNamespace(is_target_verify=lambda: False)
+    ours.init_forward_metadata(prefill)
+    ours.init_forward_metadata_out_graph(prefill)
+    ours.init_forward_metadata_in_graph(prefill)
+    assert ours.planned == [prefill.forward_mode] * 2
+    assert ours.forward_extend(None, None, None, layer(0), prefill) == "FlashInfer's"
+    assert not ours.needs_cpu_seq_lens, "else SGLang waits for the lengths of every step"
+
+
+def test_one_graph_is_recorded_of_each_batch_size(ours: Any) -> None:
+    assert ours.ways(2) is None and ours.ways(64) is None
+
+
+def test_tables_stay_where_the_first_graphs_found_them(ours: Any) -> None:
+    ours.make_room({16: 4, 1: 9})
+    table = ours._graph_slots
+    assert table.shape == (9, ours.req_to_token_pool.req_to_token.shape[1])
+    ours.init_cuda_graph_state(4, 64)  # as each width's graph runner asks
+    ours.init_cuda_graph_state(9, 9)
+    ours.init_forward_metadata_out_graph(batch((5, 6), (0, 1), 16, None), in_capture=True)
+    assert ours._graph_slots is table and ours.pages()[0].data_ptr() == table.data_ptr()
+
+
+if __name__ == "__main__":
+    print(json.dumps({"errors": [error(*case) for case in CASES]}))
