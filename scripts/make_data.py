@@ -61,6 +61,12 @@ def main(
         int, typer.Option(help="so many conversations of up to --longest tokens a shard, and nothing else")
     ] = 0,
     longest: Annotated[int, typer.Option(help="tokens of a long conversation: train on contexts as you serve")] = 8192,
+    sampled: Annotated[
+        float, typer.Option(help="share of answers sampled at temperatures of 0.6 to 1, the rest being greedy")
+    ] = synth.SAMPLED,
+    min_p: Annotated[
+        float, typer.Option(help="a sampled token is so probable at least, as a part of the most probable one")
+    ] = MIN_P,
     engine: Annotated[str, typer.Option(help="sglang, or torch: small targets, hosts without SGLang")] = "sglang",
     slots: Annotated[int, typer.Option(help="prompts answered at once by the torch engine")] = 2048,
     part: Annotated[str, typer.Option(help="I/N: make only chunks I, I + N, ...")] = "0/1",
@@ -75,7 +81,8 @@ def main(
     chat = synth.ChatFormat(tokenizer)
     kept_out = synth.HeldOut(p for file in held_out or [] for p in synth.read_prompts(file))
     running = start(engine, target, slots, longest if long else WIDTH)
-    making = synth.Synthesis(running, chat, kept_out, seed, Meter())  # its clock begins when the engine is there
+    # The meter's clock begins when the engine is there.
+    making = synth.Synthesis(running, chat, kept_out, seed, Meter(), sampled, min_p)
     out.mkdir(parents=True, exist_ok=True)
     once = [p for file in given or [] for p in synth.read_prompts(file)]
     sources = synth.SOURCES
@@ -105,6 +112,7 @@ def main(
                 last = time.monotonic() - begin
                 console.print(f"{shard} done in {last:.0f} s", highlight=False)
     run = {"seed": seed, "engine": engine, "chunk": chunk, "repeats": repeats, "copies": copies, "greedy": answers_only}
+    run |= {"sampled": sampled, "sampled_at": synth.SAMPLED_AT, "min_p": min_p}
     if long:
         run |= {"long": long, "longest": longest}
     manifest(out, target, sources, run)
@@ -142,8 +150,6 @@ def manifest(out: Path, target: Path, sources: list[str], run: dict[str, Any]) -
         "target_sha256": digest.hexdigest(),
         "sources": sources,
         **run,
-        "temperatures": dict(zip(synth.TEMPERATURES, synth.TEMPERATURE_SHARES, strict=True)),
-        "min_p": MIN_P,
         "max_answer_tokens": synth.ANSWER_TOKENS,
     }
     path = out / "manifest.json"

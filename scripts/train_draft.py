@@ -42,6 +42,12 @@ def main(
         int, typer.Option(help="last tokens of the context that the draft sees; 0: as many as the data's longest has")
     ] = DraftShape.window,
     weights: Annotated[str, typer.Option(help="of positions: static or dpace")] = Objective.weights,
+    soft: Annotated[
+        float, typer.Option(help="share of a label that is the target's distribution, the written token being the rest")
+    ] = Objective.soft,
+    variation: Annotated[
+        float, typer.Option(help="weight of the total variation between draft and target")
+    ] = Objective.variation,
     optimizer: Annotated[str, typer.Option(help="muon or adamw")] = Recipe.optimizer,
     lr: float = Recipe.lr,
     steps: int = Recipe.steps,
@@ -67,7 +73,8 @@ def main(
     shape = DraftShape(layers, layer_ids, block, intermediate, causal, selector, rank, window=window)
     recipe = Recipe(
         steps=steps, minutes=minutes, rows=rows, width=width, anchors=anchors, lr=lr, optimizer=optimizer,
-        objective=Objective(weights), seed=seed, evaluate_every=evaluate_every, evaluate_documents=documents,
+        objective=Objective(weights, soft=soft, variation=variation), seed=seed, evaluate_every=evaluate_every,
+        evaluate_documents=documents,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     training = Training(model, shape, recipe, out)

@@ -21,11 +21,12 @@ MIN_P = 0.02  # a sampled token is at least this probable, as a part of the most
 
 @dataclass(frozen=True)
 class Request:
-    """prompt token ids; temperature, 0 for greedy; at most max_new tokens are generated."""
+    """prompt token ids; temperature, 0 for greedy; at most max_new tokens are generated; min_p: see MIN_P."""
 
     prompt: list[int]
     temperature: float
     max_new: int
+    min_p: float = MIN_P
 
 
 Progress = Callable[[int], None]
@@ -55,7 +56,7 @@ class SGLangEngine:
         if not requests:  # of a small chunk no conversation may go on; SGLang refuses an empty batch
             return []
         parameters = [
-            {"temperature": r.temperature, "min_p": MIN_P, "max_new_tokens": r.max_new, "stop_token_ids": [stop]}
+            {"temperature": r.temperature, "min_p": r.min_p, "max_new_tokens": r.max_new, "stop_token_ids": [stop]}
             for r in requests
         ]
         out = self.engine.generate(input_ids=[r.prompt for r in requests], sampling_params=parameters)
@@ -84,8 +85,8 @@ class TorchEngine:
         ]
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self.lens = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens in the cache
-        self.temperature = torch.zeros(slots, device=device)
-        self.sample: Callable[[Tensor, Tensor], Tensor] = sample
+        self.temperature, self.min_p = torch.zeros(2, slots, device=device)
+        self.sample: Callable[[Tensor, Tensor, Tensor], Tensor] = sample
         if device.type == "cuda":
             self.sample = torch.compile(sample, dynamic=True)
             for layer in target.layers:  # what attention does to a cache in place stays outside of what is compiled
@@ -103,7 +104,7 @@ class TorchEngine:
             return decode_attention(q, *state, seen)
 
         hidden = self.target.hidden(self.tokens, lens, attention, self.cache)
-        self.tokens.copy_(self.sample(hidden @ self.target.head.T, self.temperature))
+        self.tokens.copy_(self.sample(hidden @ self.target.head.T, self.temperature, self.min_p))
         lens.add_(1).clamp_(max=self.width - 1)
 
     def _captured(self) -> Callable[[], None]:
@@ -135,9 +136,9 @@ class TorchEngine:
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         hidden = self.target.hidden(tokens, positions, attention, self.cache)
         last = hidden[torch.arange(len(requests), device=device), lens - 1]
-        temperature = torch.tensor([r.temperature for r in requests], device=device)
-        self.temperature[at], self.lens[at] = temperature, lens
-        self.tokens[at] = self.sample(last @ self.target.head.T, temperature)
+        temperature, min_p = torch.tensor([[r.temperature, r.min_p] for r in requests], device=device).T
+        self.temperature[at], self.min_p[at], self.lens[at] = temperature, min_p, lens
+        self.tokens[at] = self.sample(last @ self.target.head.T, temperature, min_p)
 
     def _admit(self, slots: list[int], requests: list[Request]) -> None:
         order = sorted(range(len(slots)), key=lambda i: len(requests[i].prompt))
@@ -191,11 +192,11 @@ class TorchEngine:
         return torch.stack(made).cpu().numpy()
 
 
-def sample(logits: Tensor, temperature: Tensor) -> Tensor:
-    """One token a row of logits [N, V]: the best at temperature [N] 0, else drawn from those MIN_P allows."""
+def sample(logits: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
+    """One token a row of logits [N, V]: the best at temperature [N] 0, else drawn from those min_p [N] allows."""
     x = logits.float()
     scaled = x / temperature.clamp(min=1e-4)[:, None]
-    allowed = scaled >= scaled.amax(-1, keepdim=True) + float(np.log(MIN_P))
+    allowed = scaled >= scaled.amax(-1, keepdim=True) + min_p.log()[:, None]
     noise = -torch.empty_like(x).exponential_().log()  # Gumbel: the argmax is a draw from the softmax
     drawn = torch.where(allowed, scaled + noise, -torch.inf).argmax(-1)
     return torch.where(temperature > 0, drawn, x.argmax(-1))

@@ -1,7 +1,11 @@
-"""What is learnt from: cross-entropy of unary and conditional logits, weighted by position in the block."""
+"""What is learnt from: cross-entropy of unary and conditional logits, weighted by position in the block.
+
+Labels are the tokens that the target wrote, its own distribution there, or between the two.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +24,42 @@ def _loss_and_gradient(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
     return loss, ((x - log_sum).exp() - is_gold.float()).to(logits.dtype)
 
 
+def _soft_loss_and_gradient(
+    logits: Tensor, gold: Tensor, of_target: Tensor, share: Tensor, variation: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for labels of which a share is softmax(of_target), with so much of the total variation added.
+
+    share, variation: [] each. A distribution q's gradient of sum(s * q), s being signs, is q * (s - sum(s * q)).
+    """
+    x = logits.float()
+    log_q, p = x - x.logsumexp(-1, keepdim=True), of_target.float().softmax(-1)
+    q, is_gold = log_q.exp(), torch.arange(x.shape[1], device=x.device) == gold[:, None]
+    label = share * p + (1 - share) * is_gold.float()
+    apart = q - p
+    side = apart.sign()
+    loss = variation / 2 * apart.abs().sum(-1) - (label * log_q).sum(-1)
+    gradient = q - label + variation / 2 * q * (side - (side * q).sum(-1, keepdim=True))
+    return loss, gradient.to(logits.dtype)
+
+
 _compiled = torch.compile(_loss_and_gradient, dynamic=True)
+_compiled_soft = torch.compile(_soft_loss_and_gradient, dynamic=True)
+
+
+@dataclass(frozen=True)
+class Soft:
+    """The target's own distribution at each row as its label.
+
+    states [N, H]: what the target's head reads there. share: of a label that is this distribution, the token that was
+    written being the rest. variation: weight of the total variation between draft and target, half their L1 distance.
+    """
+
+    states: Tensor
+    share: float
+    variation: float
+
+    def at(self, rows: Tensor | slice) -> Soft:
+        return Soft(self.states[rows], self.share, self.variation)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -30,25 +69,33 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, gold: Tensor) -> Tensor:
-        step = _compiled if hidden.is_cuda else _loss_and_gradient
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, gold: Tensor, soft: Soft | None) -> Tensor:
+        hard, softly = (
+            (_compiled, _compiled_soft) if hidden.is_cuda else (_loss_and_gradient, _soft_loss_and_gradient)
+        )
         losses, gradients = [], []
-        for h, g in zip(hidden.split(ROWS), gold.split(ROWS), strict=True):
-            loss, gradient = step(h @ head.T, g)
+        for at in range(0, len(hidden), ROWS):
+            rows = slice(at, at + ROWS)
+            logits = hidden[rows] @ head.T
+            if soft is None:
+                loss, gradient = hard(logits, gold[rows])
+            else:
+                weights = [torch.full((), x, device=head.device) for x in (soft.share, soft.variation)]
+                loss, gradient = softly(logits, gold[rows], soft.states[rows] @ head.T, *weights)
             losses.append(loss)
             gradients.append(gradient @ head)
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradients,) = ctx.saved_tensors
-        return gradients * grads[0][:, None].to(gradients.dtype), None, None
+        return gradients * grads[0][:, None].to(gradients.dtype), None, None, None
 
 
-def frozen_head_loss(hidden: Tensor, head: Tensor, gold: Tensor) -> Tensor:
-    """Cross-entropy [N] float32 of hidden [N, H] under a frozen head [V, H] at gold [N] int64."""
-    return _FrozenHeadLoss.apply(hidden.to(head.dtype), head, gold)
+def frozen_head_loss(hidden: Tensor, head: Tensor, gold: Tensor, soft: Soft | None = None) -> Tensor:
+    """Cross-entropy [N] float32 of hidden [N, H] under a frozen head [V, H] at gold [N] int64, or at soft labels."""
+    return _FrozenHeadLoss.apply(hidden.to(head.dtype), head, gold, soft)
 
 
 def static_weights(depth: int, block: int, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from sglang_dflash.training.attention import attend, document_mask, draft_mask
 from sglang_dflash.training.data import Batch
 from sglang_dflash.training.draft import Draft, FreeSelector, TiedSelector
 from sglang_dflash.training.loss import (
+    Soft,
     dpace_weights,
     draw,
     free_codebook_loss,
@@ -26,6 +27,13 @@ def features(target: Target, batch: Batch, layer_ids: list[int]) -> Tensor:
     mask = document_mask(batch.starts)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) - batch.starts
     return target.features(batch.tokens, positions, attend, [mask] * len(target.layers), layer_ids)
+
+
+def features_and_states(target: Target, batch: Batch, layer_ids: list[int]) -> tuple[Tensor, Tensor]:
+    """The features, and what the target's head reads of every token, [B, T, hidden], in the same pass."""
+    size, last = target.embedding.shape[1], len(target.layers) - 1
+    both = features(target, batch, sorted({*layer_ids, last}))
+    return both[..., : len(layer_ids) * size], target.normed(both[..., -size:])
 
 
 def mixed(target: Target) -> torch.autocast:
@@ -87,24 +95,65 @@ def draft_hidden(draft: Draft, target: Target, batch: Batch, anchors: Tensor, co
 
 @dataclass(frozen=True)
 class Objective:
-    """weights: "static" or "dpace" (see loss.py). unary: weight of the unary loss beside the conditional one's 1."""
+    """weights: "static" or "dpace" (see loss.py). unary: weight of the unary loss beside the conditional one's 1.
+
+    soft: share of a label that is the target's own distribution, the token it wrote being the rest. variation: weight
+    of the total variation between the draft's distribution and the target's. Both need static weights.
+    """
 
     weights: str = "static"
     unary: float = 0.5
+    soft: float = 0.0
+    variation: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.soft <= 1 or self.variation < 0:
+            raise ValueError(f"soft {self.soft} is a share from 0 to 1, variation {self.variation} no less than 0")
+        if self.of_distribution and self.weights != "static":
+            raise ValueError(
+                f"weights {self.weights!r} go by how probable written tokens are: soft and variation need static ones"
+            )
+
+    @property
+    def of_distribution(self) -> bool:
+        """Whether the target's distribution is looked at, and not what it wrote alone."""
+        return self.soft > 0 or self.variation > 0
 
 
-def conditional_loss(draft: Draft, target: Target, hidden: Tensor, gold: Tensor, before: Tensor) -> Tensor:
-    """Cross-entropy [N] of gold [N] given the token before it, [N]; hidden [N, H]."""
+def soft_labels(blocks: Blocks, states: Tensor | None, objective: Objective) -> Soft | None:
+    """Labels of all drafted positions, flat, from states [B, T, H]; None: what was written is all there is."""
+    if states is None:
+        return None
+    at = blocks.anchors[..., None] + torch.arange(blocks.gold.shape[-1], device=states.device)
+    at = at.flatten(1).clamp(max=states.shape[1] - 1)  # what a row's end cuts off is not valid
+    rows = torch.arange(len(states), device=states.device)[:, None]
+    return Soft(states[rows, at].flatten(0, 1), objective.soft, objective.variation)
+
+
+def conditional_loss(
+    draft: Draft, target: Target, hidden: Tensor, gold: Tensor, before: Tensor, soft: Soft | None = None
+) -> Tensor:
+    """Loss [N] at gold [N], or soft labels, given the token before it, [N]; hidden [N, H]."""
     selector = draft.candidate_selector
     if isinstance(selector, TiedSelector):
-        return frozen_head_loss(selector.conditional(hidden, before, target), target.head, gold)
+        return frozen_head_loss(selector.conditional(hidden, before, target), target.head, gold, soft)
     assert isinstance(selector, FreeSelector)
     state = F.embedding(before, selector.predecessor_codebook) * selector.hidden_projection(hidden)
     return free_codebook_loss(hidden, target.head, gold, state, selector.successor_codebook)
 
 
-def loss(draft: Draft, target: Target, batch: Batch, blocks: Blocks, hidden: Tensor, objective: Objective) -> Tensor:
+def loss(
+    draft: Draft,
+    target: Target,
+    batch: Batch,
+    blocks: Blocks,
+    hidden: Tensor,
+    objective: Objective,
+    states: Tensor | None = None,
+) -> Tensor:
     """The objective over a batch's blocks, whose drafted positions have hidden [B, A, depth, H].
+
+    states [B, T, H]: what the target's head reads of every token, where the objective looks at its distribution.
 
     Static weights are met by drawing positions in proportion to them; dynamic ones need every position's probability.
     The unary loss looks at every other position drawn.
@@ -116,10 +165,13 @@ def loss(draft: Draft, target: Target, batch: Batch, blocks: Blocks, hidden: Ten
         weights = static_weights(depth, draft.shape.block, h.device)
         chosen = draw((blocks.valid * weights).flatten(), int(len(valid) * weights.mean()))
         h, gold, before = h[chosen], gold[chosen], before[chosen]
+        soft = soft_labels(blocks, states, objective)
+        soft = soft and soft.at(chosen)
         if draft.candidate_selector is None:
-            return frozen_head_loss(h, target.head, gold).mean()
-        unary = frozen_head_loss(h[::2], target.head, gold[::2]).mean()
-        return conditional_loss(draft, target, h, gold, before).mean() + objective.unary * unary
+            return frozen_head_loss(h, target.head, gold, soft).mean()
+        half = slice(None, None, 2)
+        unary = frozen_head_loss(h[half], target.head, gold[half], soft and soft.at(half)).mean()
+        return conditional_loss(draft, target, h, gold, before, soft).mean() + objective.unary * unary
     unary = frozen_head_loss(h, target.head, gold)
     sharp = unary if draft.candidate_selector is None else conditional_loss(draft, target, h, gold, before)
     weight = dpace_weights(-sharp.detach().view_as(blocks.valid), blocks.valid).flatten()

@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 
 from sglang_dflash.training.data import Document
-from sglang_dflash.training.generate import Engine, Progress, Request
+from sglang_dflash.training.generate import MIN_P, Engine, Progress, Request
 
 SOURCES = ["synthetic", "given", "text", "list", "document", "talk"]  # the last three: see long.py
 USER_TOKENS, ANSWER_TOKENS = 96, 448
 LONGEST_PROMPT = 400  # tokens, what came before in the conversation included; longer ones are dropped
 LONG_ROUNDS = 1 << 20  # where the engine's seeds of long conversations begin
-# Shares of synthetic conversations by temperature, of all documents that are raw text, of conversations of two turns.
-TEMPERATURES, TEMPERATURE_SHARES = (0.0, 0.7, 1.0), (0.7, 0.15, 0.15)
+TEMPERATURES = 0.0, 0.7, 1.0  # of the answers to one given prompt
+SAMPLED, SAMPLED_AT = 0.3, (0.6, 1.0)  # share of answers to other prompts that are sampled, and at what temperatures
+# Shares of all documents that are raw text, of conversations of two turns.
 TEXT_SHARE, SECOND_TURN_SHARE = 0.06, 0.25
 SYSTEM_SHARES = (0.7, 0.1, 0.2)  # the chat template's own, an empty one, one of ours
 NUMBER = re.compile(r"\b\d{1,9}\b")
@@ -136,11 +137,24 @@ class Conversation:
 
 
 class Synthesis:
-    """Makes chunks of documents; a chunk depends on its number, the seed and the engine alone."""
+    """Makes chunks of documents; a chunk depends on its number, the seed and the engine alone.
 
-    def __init__(self, engine: Engine, chat: ChatFormat, held_out: HeldOut, seed: int, progress: Progress) -> None:
+    sampled: share of answers that are; min_p: of these (what users say has MIN_P).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        chat: ChatFormat,
+        held_out: HeldOut,
+        seed: int,
+        progress: Progress,
+        sampled: float = SAMPLED,
+        min_p: float = MIN_P,
+    ) -> None:
         self.engine, self.chat, self.held_out = engine, chat, held_out
         self.seed, self.progress = seed, progress
+        self.sampled, self.min_p = sampled, min_p
 
     def chunk(self, number: int, count: int, given: list[tuple[str, float]]) -> list[Document]:
         """Documents from `count` synthetic prompts (fewer pass the filter) and the given (prompt, temperature)."""
@@ -168,7 +182,7 @@ class Synthesis:
         return self.engine.generate(requests, self.chat.stop, self.seed * 100_003 + self.round, self.progress)
 
     def _temperature(self, rng: np.random.Generator) -> float:
-        return float(rng.choice(TEMPERATURES, p=TEMPERATURE_SHARES))
+        return float(rng.uniform(*SAMPLED_AT)) if rng.random() < self.sampled else 0.0
 
     def _system(self, rng: np.random.Generator) -> str | None:
         kind = rng.choice(3, p=SYSTEM_SHARES)
@@ -208,7 +222,9 @@ class Synthesis:
         """Answer each conversation, of which `texts` are the tokens to come before the answer, at most so many."""
         prompts = [t.tokens + ids for t, ids in zip(talks, self.chat.encode(texts), strict=True)]
         short = [i for i, p in enumerate(prompts) if len(p) <= most + len(talks[i].tokens)]
-        answers = self._generate([Request(prompts[i], talks[i].temperature, ANSWER_TOKENS) for i in short])
+        answers = self._generate(
+            [Request(prompts[i], talks[i].temperature, ANSWER_TOKENS, self.min_p) for i in short]
+        )
         for i, answer in zip(short, answers, strict=True):
             talks[i].answered(prompts[i], answer)
 

@@ -153,5 +153,8 @@ class Target(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor, attention: Attention, states: Sequence[Any]) -> Tensor:
         """What the head reads, [..., hidden]."""
-        last = self.features(tokens, positions, attention, states, [len(self.layers) - 1])
+        return self.normed(self.features(tokens, positions, attention, states, [len(self.layers) - 1]))
+
+    def normed(self, last: Tensor) -> Tensor:
+        """The last layer's output as the head reads it."""
         return rms_norm(last, self.norm, self.config["rms_norm_eps"])

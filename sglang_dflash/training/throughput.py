@@ -23,7 +23,8 @@ def products(t: Training) -> list[Product]:
     heads, kv = (
         config[k] * t.draft.layers[0].self_attn.head_dim for k in ("num_attention_heads", "num_key_value_heads")
     )
-    frozen = shape.features[-1] + 1
+    soft = recipe.objective.of_distribution  # then the target's last layers run, and its head
+    frozen = config["num_hidden_layers"] if soft else shape.features[-1] + 1
     drawn = int(
         recipe.rows * recipe.anchors * (shape.block - 1)
         * static_weights(shape.block - 1, shape.block, t.device).mean()
@@ -41,7 +42,7 @@ def products(t: Training) -> list[Product]:
         (queries, heads, hidden, 3 * shape.layers),
         (queries, hidden, shape.intermediate, 2 * 3 * shape.layers),
         (queries, shape.intermediate, hidden, 3 * shape.layers),
-        (int(rows_of_head), hidden, vocab, 2),  # the head is frozen: forward and the hidden states' gradient
+        (int(rows_of_head), hidden, vocab, 3 if soft else 2),  # the head is frozen: no gradient of its own
     ]
 
 

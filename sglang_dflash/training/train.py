@@ -19,7 +19,16 @@ from sglang_dflash.training.data import Answers, Batch, Cursor, batches, prefetc
 from sglang_dflash.training.draft import Draft, DraftShape
 from sglang_dflash.training.evaluate import Result, evaluate
 from sglang_dflash.training.optimizer import optimizers
-from sglang_dflash.training.step import Objective, blocks_at, draft_hidden, features, loss, mixed, random_anchors
+from sglang_dflash.training.step import (
+    Objective,
+    blocks_at,
+    draft_hidden,
+    features,
+    features_and_states,
+    loss,
+    mixed,
+    random_anchors,
+)
 from sglang_dflash.training.target import Target
 
 console = Console(soft_wrap=True, highlight=False)
@@ -53,6 +62,8 @@ class Training:
     """A run: what changes as it goes, and one step of it."""
 
     def __init__(self, target: Target, shape: DraftShape, recipe: Recipe, out: Path) -> None:
+        if recipe.objective.of_distribution and shape.selector == "free":
+            raise ValueError("selector 'free' learns from what was written alone: soft and variation need another one")
         torch.manual_seed(recipe.seed)
         self.target, self.recipe, self.out = target, recipe, out
         self.device = target.embedding.device
@@ -87,13 +98,16 @@ class Training:
 
     def advance(self, batch: Batch) -> Tensor:
         """One step; returns its loss, not waited for."""
-        shape = self.draft.shape
+        shape, objective, states = self.draft.shape, self.recipe.objective, None
         with torch.no_grad():
-            context = features(self.target, batch, list(shape.features))
+            if objective.of_distribution:
+                context, states = features_and_states(self.target, batch, list(shape.features))
+            else:
+                context = features(self.target, batch, list(shape.features))
             blocks = blocks_at(batch, random_anchors(batch, self.recipe.anchors), shape.block)
         with mixed(self.target):
             hidden = draft_hidden(self.draft, self.target, batch, blocks.anchors, context)
-            value = loss(self.draft, self.target, batch, blocks, hidden, self.recipe.objective)
+            value = loss(self.draft, self.target, batch, blocks, hidden, objective, states)
         value.backward()
         parameters = list(self.draft.parameters())
         if self.ranks > 1:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,18 @@ import torch
 
 from sglang_dflash.training import long
 from sglang_dflash.training.data import Answers, Batch, Cursor, Document, batches, pack, write_shard
-from sglang_dflash.training.generate import Progress, Request, SGLangEngine
-from sglang_dflash.training.synth import SOURCES, ChatFormat, HeldOut, Synthesis, lines, readable, varied
+from sglang_dflash.training.generate import MIN_P, Progress, Request, SGLangEngine
+from sglang_dflash.training.synth import (
+    ANSWER_TOKENS,
+    SOURCES,
+    USER_TOKENS,
+    ChatFormat,
+    HeldOut,
+    Synthesis,
+    lines,
+    readable,
+    varied,
+)
 
 Make = Callable[..., Answers]
 
@@ -110,6 +121,24 @@ def test_a_chunk_made_again_is_the_same_and_another_is_not() -> None:
     assert first == again
     assert [d.tokens for d in synthesis([]).chunk(3, 40, given)] != [d.tokens for d in first]
     assert {d.source for d in first} == {0, 1, 2} and any(len(d.spans) == 2 for d in first)
+
+
+@pytest.mark.parametrize(("sampled", "min_p"), [(0.0, 0.02), (0.5, 0.0)])
+def test_so_many_answers_are_sampled(sampled: float, min_p: float) -> None:
+    asked: list[Request] = []
+
+    class Listening(Echo):
+        def generate(self, requests: list[Request], *others: Any) -> list[list[int]]:
+            asked.extend(requests)
+            return super().generate(requests, *others)
+
+    making = Synthesis(Listening(), ChatFormat(Words()), HeldOut([]), 0, lambda _: None, sampled, min_p)
+    making.chunk(0, 400, [])
+    answers = [r for r in asked if r.max_new == ANSWER_TOKENS]
+    hot = [r.temperature for r in answers if r.temperature]
+    assert abs(len(hot) / len(answers) - sampled) < 0.1 and all(0.6 <= t <= 1 for t in hot)
+    assert {r.min_p for r in answers} == {min_p}
+    assert {(r.temperature, r.min_p) for r in asked if r.max_new == USER_TOKENS} == {(1.0, MIN_P)}
 
 
 def test_spans_cover_what_the_engine_said_and_nothing_else() -> None:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from sglang_dflash.training import attention, draft, step
+from sglang_dflash.training import loss as losses_of
 from sglang_dflash.training.data import Answers, Batch, Cursor, batches, pack
 from sglang_dflash.training.draft import Draft, DraftShape
-from sglang_dflash.training.loss import dpace_weights, draw, frozen_head_loss, static_weights
+from sglang_dflash.training.loss import Soft, dpace_weights, draw, frozen_head_loss, static_weights
 from sglang_dflash.training.optimizer import Muon
 from sglang_dflash.training.target import Target
 from sglang_dflash.training.train import Recipe, Training, train
@@ -119,6 +120,53 @@ def test_the_fused_loss_is_cross_entropy() -> None:
     assert ours is not None and hidden.grad is not None and torch.allclose(ours, hidden.grad, atol=1e-5)
 
 
+@pytest.mark.parametrize(("share", "variation"), [(1.0, 0.0), (0.3, 0.0), (0.0, 1.0), (0.6, 0.7)])
+@pytest.mark.parametrize("rows", [8, 8192])
+def test_the_fused_loss_at_soft_labels_is_what_autograd_makes_of_it(
+    monkeypatch: pytest.MonkeyPatch, share: float, variation: float, rows: int
+) -> None:
+    monkeypatch.setattr(losses_of, "ROWS", rows)
+    hidden = torch.randn(50, 16, requires_grad=True)
+    head, gold, weight, states = torch.randn(61, 16), torch.randint(61, (50,)), torch.rand(50), torch.randn(50, 16)
+    fused = frozen_head_loss(hidden, head, gold, Soft(states, share, variation))
+    (fused * weight).sum().backward()
+    ours, hidden.grad = hidden.grad, None
+    p = (states @ head.T).softmax(-1)
+    label = share * p + (1 - share) * F.one_hot(gold, 61)
+    expected = F.cross_entropy(hidden @ head.T, label, reduction="none")
+    expected = expected + variation * ((hidden @ head.T).softmax(-1) - p).abs().sum(-1) / 2
+    (expected * weight).sum().backward()
+    assert torch.allclose(fused, expected, atol=1e-5)
+    assert ours is not None and hidden.grad is not None and torch.allclose(ours, hidden.grad, atol=1e-5)
+
+
+def test_a_soft_label_is_what_the_target_says_there(target: Target, make_answers: Make) -> None:
+    """In packed rows, at their ends too: the distribution of a forward pass over the document alone."""
+    batch, _ = pack(make_answers(9), torch.arange(9).numpy(), 2, 100)
+    context, states = step.features_and_states(target, batch, [0, 1])
+    assert torch.equal(context, step.features(target, batch, [0, 1]))
+    blocks = step.blocks_at(batch, step.random_anchors(batch, 30), SHAPE.block)
+    soft = step.soft_labels(blocks, states, step.Objective(soft=1.0))
+    assert soft is not None and blocks.valid.any() and not blocks.valid.all()
+    said = soft.states.view(*blocks.gold.shape, -1)
+    for b, a, k in blocks.valid.nonzero()[::7].tolist():
+        here = int(blocks.anchors[b, a]) + k
+        text = batch.tokens[b, int(batch.starts[b, here]) : here + 1]
+        alone = Batch(text[None], torch.zeros_like(text)[None], text[None] > -1, text[None] * 0)
+        expected = step.features_and_states(target, alone, [0])[1][0, -1]
+        assert torch.allclose(said[b, a, k], expected, atol=1e-5)
+        assert batch.tokens[b, here + 1] == blocks.gold[b, a, k]  # and the label is of this token
+
+
+def test_what_soft_labels_cannot_be_had_with_is_refused(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"soft 1\.5 is a share from 0 to 1"):
+        step.Objective(soft=1.5)
+    with pytest.raises(ValueError, match="'dpace' go by"):
+        step.Objective("dpace", variation=1.0)
+    with pytest.raises(ValueError, match="'free' learns from"):
+        Training(target, replace(SHAPE, selector="free"), Recipe(objective=step.Objective(soft=0.5)), tmp_path)
+
+
 def test_positions_are_drawn_in_proportion_to_their_weight() -> None:
     weights = static_weights(15, 16, torch.device("cpu")).repeat(40) * (torch.rand(600) > 0.3)
     torch.manual_seed(0)
@@ -159,16 +207,27 @@ def test_muon_moves_as_torch_s() -> None:
 
 
 @pytest.mark.parametrize(
-    ("selector", "weights", "optimizer", "causal"),
-    [("tied", "static", "muon", True), ("none", "static", "adamw", False), ("free", "dpace", "muon", True)],
+    ("selector", "objective", "optimizer", "causal"),
+    [
+        ("tied", step.Objective(), "muon", True),
+        ("none", step.Objective(), "adamw", False),
+        ("free", step.Objective("dpace"), "muon", True),
+        ("tied", step.Objective(variation=1.0), "muon", True),
+        ("none", step.Objective(soft=0.1), "muon", True),
+    ],
 )
 def test_loss_goes_down(
-    target: Target, make_answers: Make, tmp_path: Path, selector: str, weights: str, optimizer: str, causal: bool
+    target: Target,
+    make_answers: Make,
+    tmp_path: Path,
+    selector: str,
+    objective: step.Objective,
+    optimizer: str,
+    causal: bool,
 ) -> None:
     shape = DraftShape(**{**vars(SHAPE), "selector": selector, "causal": causal})
     recipe = Recipe(
-        steps=60, rows=2, width=128, anchors=16, warmup=5, optimizer=optimizer, lr=5e-3,
-        objective=step.Objective(weights),
+        steps=60, rows=2, width=128, anchors=16, warmup=5, optimizer=optimizer, lr=5e-3, objective=objective
     )  # fmt: skip
     training = Training(target, shape, recipe, tmp_path)
     source = batches(make_answers(40), 2, 128, 0, Cursor())

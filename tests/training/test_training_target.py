@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from sglang_dflash.training.data import Batch
 from sglang_dflash.training.generate import Request, TorchEngine
-from sglang_dflash.training.step import features
+from sglang_dflash.training.step import features, features_and_states
 from sglang_dflash.training.target import Target
 
 SHAPE: dict[str, Any] = {
@@ -37,11 +37,15 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Target]:
 def test_features_of_packed_documents_are_those_of_each_alone(pair: tuple[Any, Target]) -> None:
     model, target = pair
     tokens, starts = torch.randint(61, (1, 20)), torch.tensor([[0] * 8 + [8] * 12])
-    packed = features(target, Batch(tokens, starts, torch.ones_like(tokens).bool(), starts), [0, 1])
+    batch = Batch(tokens, starts, torch.ones_like(tokens).bool(), starts)
+    packed = features(target, batch, [0, 1])
+    same, states = features_and_states(target, batch, [0])
+    assert torch.equal(same, packed[..., :32])
     for document in (slice(0, 8), slice(8, 20)):
         alone = model.model(tokens[:, document], output_hidden_states=True)
         first = alone.hidden_states[1]
         assert (packed[:, document, :32] - first).abs().max() < 1e-4 * first.abs().max()
+        assert torch.allclose(states[:, document], alone.last_hidden_state, atol=1e-4)
 
 
 def test_the_engine_s_greedy_answers_are_transformers_s(pair: tuple[Any, Target]) -> None:
@@ -66,6 +70,14 @@ def test_sampled_answers_follow_the_seed_and_the_temperature(pair: tuple[Any, Ta
 
     assert run(1) == run(1) != run(2)
     assert len({tuple(answer) for answer in run(1)}) > 1
+
+
+def test_min_p_is_each_request_s_own(pair: tuple[Any, Target]) -> None:
+    """The most probable token alone where it is 1, anything where it is 0, side by side."""
+    engine = TorchEngine(pair[1], slots=6, width=64)
+    requests = [Request([5, 6, 7], 5.0 if i else 0.0, 20, float(i % 2)) for i in range(6)]
+    greedy, *others = engine.generate(requests, stop=60, seed=1, progress=lambda _: None)
+    assert [answer == greedy for answer in others] == [True, False, True, False, True]
 
 
 def test_a_prompt_that_does_not_fit_is_refused(pair: tuple[Any, Target]) -> None:
