@@ -5,8 +5,9 @@
 - plain: FlashAttention-3, causal, no tree: what a chain of the same width and context costs
 - in_one: `tree_attention`
 - in_two: FlashAttention-3 over the prefix, its tiles scheduled once a pass, then `window_attention`
-- served: whichever of the two a server runs (platforms/cuda)
+- served: whichever of the two a server runs (platforms/cuda/fa3.py); beside FlashInfer it is in_one
 - flashinfer: its paged prefill kernel under a custom mask over prefix and window
+- flashinfer_plain: the same kernel, causal, no tree
 
 Llama-3.1-8B's heads, bfloat16. Each is timed in a CUDA graph, and all results are compared. As in a model, every call
 is of another layer: keys and values come from memory. Needs sgl_kernel and flashinfer, as SGLang installs them.
@@ -108,7 +109,7 @@ class Pass:
 
         return run
 
-    def flashinfer(self) -> Callable[[], Tensor]:
+    def flashinfer(self, masked: bool) -> Callable[[], Tensor]:
         total = self.context + self.width
         pages = (total + self.page_size - 1) // self.page_size
         indptr = torch.arange(self.bs + 1, dtype=torch.int32)
@@ -118,7 +119,8 @@ class Pass:
         wrapper.plan(
             indptr * self.width, indptr * pages, self.pages[:, :pages].flatten(),
             torch.full((self.bs,), (total - 1) % self.page_size + 1, dtype=torch.int32),
-            HEADS, KV_HEADS, SIZE, self.page_size, custom_mask=whole.flatten(), q_data_type=torch.bfloat16,
+            HEADS, KV_HEADS, SIZE, self.page_size, custom_mask=whole.flatten() if masked else None, causal=not masked,
+            q_data_type=torch.bfloat16,
         )  # fmt: skip
         return lambda: wrapper.run(self.q, tuple(next(self.layers)))
 
@@ -138,7 +140,8 @@ def row(bs: int, width: int, context: int, page_size: int) -> dict[str, float]:
         "plain": one.plain(),
         "in_one": one.in_one(),
         "in_two": one.in_two(),
-        "flashinfer": one.flashinfer(),
+        "flashinfer": one.flashinfer(masked=True),
+        "flashinfer_plain": one.flashinfer(masked=False),
     }
     want = runs["flashinfer"]()
     errors = {f"error_{name}": (runs[name]() - want).abs().max().item() for name in ("in_one", "in_two")}

@@ -202,6 +202,7 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         speculative_dflash_block_size=None,
         speculative_draft_window_size=None,
         speculative_draft_model_quantization=None,  # SGLang lets a draft inherit its target's
+        speculative_draft_kv_cache_dtype="auto",  # of the draft's own type, likewise
         **_settled_admission(server_args, chosen),
         **(_settled_on_cpu(server_args) if on_cpu else _settled_on_cuda(server_args)),
     )
@@ -282,7 +283,7 @@ def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
     from torch.cuda import get_device_capability
 
     view = resolving_view(server_args)
-    backend = cuda.attention_backend(server_args, view.dtype, get_device_capability())
+    backend = cuda.attention_backend(server_args, view.dtype, _target(server_args), get_device_capability())
     graphs = view.cuda_graph_config
     if backend == PLAIN_ATTENTION:
         for phase in Phase.ALL:  # no graph can hold this backend, which asks the device for lengths

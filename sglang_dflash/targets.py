@@ -12,6 +12,7 @@ from sglang_dflash.checkpoints import Checkpoint
 from sglang_dflash.platforms import Need
 
 KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16"}  # those of --kv-cache-dtype that a model can have too
+FP8 = "fp8_e4m3"  # and what the draft's is not then, which keeps the model's
 # Methods that quantise the embedding or the head whatever the checkpoint's config says.
 QUANTISED_TABLES = ("gguf", "expert_pack")
 _TABLE = re.compile(r"(^|\.)(lm_head|embed_tokens)\.(?!weight$|bias$)")
@@ -47,7 +48,7 @@ class Target:
             head_dim=model_config.head_dim,
             dtype=dtype,
             quantization=model_config.quantization or "",
-            needs=dict(_needs(model_config)),
+            needs=dict(_needs(model_config, kv_cache_dtype)),
             two_pools=model_config.is_hybrid_swa,
             unserved=next(_unserved(model_config, checkpoint, kv_cache_dtype, dtype), ""),
         )
@@ -55,7 +56,7 @@ class Target:
 
 def _unserved(model_config: Any, checkpoint: Checkpoint, kv_cache_dtype: str, dtype: str) -> Iterator[str]:
     yield from _unserved_layers(model_config)
-    if kv_cache_dtype != "auto" and KV_DTYPES.get(kv_cache_dtype) != dtype:
+    if kv_cache_dtype not in ("auto", FP8) and KV_DTYPES.get(kv_cache_dtype) != dtype:
         yield f"--kv-cache-dtype {kv_cache_dtype} is not the draft's, which is {dtype}"
     if model_config.quantization:
         config = _quantization_config(model_config, checkpoint)
@@ -64,7 +65,7 @@ def _unserved(model_config: Any, checkpoint: Checkpoint, kv_cache_dtype: str, dt
             yield from _unserved_cache(config)
 
 
-def _needs(model_config: Any) -> Iterator[tuple[Need, str]]:
+def _needs(model_config: Any, kv_cache_dtype: str) -> Iterator[tuple[Need, str]]:
     architecture = model_config.hf_config.architectures[0]
     kinds = set(getattr(model_config.hf_text_config, "layer_types", None) or ())
     if model_config.is_hybrid_swa or "sliding_attention" in kinds:
@@ -73,6 +74,8 @@ def _needs(model_config: Any) -> Iterator[tuple[Need, str]]:
         yield Need.SINKS, f"the target, {architecture}, has attention sinks"
     if other := sorted(kinds - {"full_attention", "sliding_attention"}):
         yield Need.OTHER_LAYERS, f"the target, {architecture}, has layers of {other[0]}"
+    if kv_cache_dtype == FP8:
+        yield Need.FP8_CACHE, f"--kv-cache-dtype {FP8} asks for keys and values in eight bits"
 
 
 def _unserved_layers(model_config: Any) -> Iterator[str]:

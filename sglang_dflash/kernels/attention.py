@@ -100,6 +100,8 @@ def tree_attention(
     reach: int = 0,
     first_keys: Tensor | None = None,
     sinks: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """Attention of a window pass, [bs * w, heads, size] in q's dtype: each window token sees the prefix and those
     window tokens that the mask names. Writes the window's keys and values into the caches.
@@ -107,9 +109,16 @@ def tree_attention(
     prefix_lens [bs] int32: tokens before the window; pages [bs, P] int32: where they are, page_size slots a page;
     reach: how many tokens of the prefix, the last ones, are seen, 0: all; first_keys [bs, w] int32: the first that each
     row sees, none of them before the reach; sinks [heads] float32: the score of a key that every row sees and whose
-    value is zero; the others as in `window_attention`.
+    value is zero; k_scale, v_scale: what keys and values are divided by in caches of another type than theirs, such as
+    eight bits, and the window's are attended to as rounded as the prefix's; the others as in `window_attention`.
     """
     bs, w, _ = mask.shape
+    if key_cache.dtype != k.dtype:
+        k = (k.float() / k_scale).to(k.dtype).to(key_cache.dtype)
+        v = (v.float() / v_scale).to(v.dtype).to(value_cache.dtype)
+        scale = scale * k_scale
+    else:
+        v_scale = 1.0
     positions = torch.arange(pages.shape[1] * page_size, device=q.device)
     at = pages[:, positions // page_size].long() * page_size + positions % page_size  # [bs, L]
     group, scaled = q.shape[1] // k.shape[1], q.float().view(bs, w, *q.shape[1:]) * scale
@@ -130,4 +139,4 @@ def tree_attention(
     weights = (scores - lse[..., None]).exp().nan_to_num()  # no prefix, no weights
     out = torch.einsum("bhwl,blhd->bwhd", weights, values).reshape(q.shape)
     window_attention(q, k, v, mask, lse, out, key_cache, value_cache, slots, scale, softcap)
-    return out.to(q.dtype)
+    return (out * v_scale).to(q.dtype)

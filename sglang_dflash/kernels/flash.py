@@ -38,6 +38,8 @@ def tree_attention(
     reach: int = 0,
     first_keys: Tensor | None = None,
     sinks: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     bs, w, _ = mask.shape
     (_, heads, size), kv_heads = q.shape, k.shape[1]
@@ -54,12 +56,12 @@ def tree_attention(
     kernel: Any = tree_attention_kernel
     kernel[(tiles, splits, bs)](
         q, k, v, mask.view(torch.uint8), prefix_lens, pages, key_cache, value_cache, slots, out, parts, sums,
-        counters(q.device), first_keys, sinks, q.stride(0), k.stride(0), v.stride(0), pages.stride(0), scale, splits,
-        reach,
+        counters(q.device), first_keys, sinks, q.stride(0), k.stride(0), v.stride(0), pages.stride(0), scale, k_scale,
+        v_scale, splits, reach,
         W=w, GROUP=heads // kv_heads, KV_HEADS=kv_heads, SIZE=size, PAGE=page_size, ROWS=rows,
         KEYS=keys, WINDOW=max(16, min(keys, triton.next_power_of_2(w))),
         WORTH=WORTH, SPLIT=splits > 1, WRITE=slots is not None, REACH=reach > 0, FIRST=first_keys is not None,
-        SINK=sinks is not None, SOFTCAP=softcap,
+        SINK=sinks is not None, SCALED=key_cache.dtype != k.dtype, SOFTCAP=softcap,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
@@ -79,10 +81,12 @@ def counters(device: torch.device) -> Tensor:
 @triton.jit(do_not_specialize=["splits", "reach"])
 def tree_attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, lens_ptr, pages_ptr, key_cache, value_cache, slots_ptr, out_ptr, parts_ptr,
-    sums_ptr, counters_ptr, first_ptr, sinks_ptr, q_stride, k_stride, v_stride, pages_stride, scale, splits, reach,
+    sums_ptr, counters_ptr, first_ptr, sinks_ptr, q_stride, k_stride, v_stride, pages_stride, scale, k_scale, v_scale,
+    splits, reach,
     W: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, WORTH: tl.constexpr, SPLIT: tl.constexpr,
-    WRITE: tl.constexpr, REACH: tl.constexpr, FIRST: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr,
+    WRITE: tl.constexpr, REACH: tl.constexpr, FIRST: tl.constexpr, SINK: tl.constexpr, SCALED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     tile, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head, first_row = tile % KV_HEADS, tile // KV_HEADS * ROWS
@@ -101,6 +105,8 @@ def tree_attention_kernel(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, SIZE], tl.float32)
+    if SCALED:  # keys and values are attended to as the caches hold them
+        scale = scale * k_scale
     if FIRST:
         first_key = tl.load(first_ptr + token, mask=there, other=0)
     if SINK:  # noqa: SIM102  # decided when the kernel is compiled, unlike the next
@@ -115,8 +121,8 @@ def tree_attention_kernel(
         inside = keys < end
         page = tl.load(pages_ptr + request * pages_stride + keys // PAGE, mask=inside, other=0).to(tl.int64)
         cell = ((page * PAGE + keys % PAGE) * KV_HEADS + kv_head)[:, None] * SIZE + dims
-        k = tl.load(key_cache + cell, mask=inside[:, None], other=0.0)
-        v = tl.load(value_cache + cell, mask=inside[:, None], other=0.0)
+        k = tl.load(key_cache + cell, mask=inside[:, None], other=0.0).to(q.dtype)
+        v = tl.load(value_cache + cell, mask=inside[:, None], other=0.0).to(q.dtype)
         seen = inside[None, :]
         if FIRST:
             seen = seen & (keys[None, :] >= first_key[:, None])
@@ -131,7 +137,12 @@ def tree_attention_kernel(
             node_v = tl.load(v_ptr + own[:, None] * v_stride + kv_head * SIZE + dims, mask=real[:, None], other=0.0)
             pairs = there[:, None] & real[None, :]
             seen = tl.load(mask_ptr + token[:, None] * W + nodes[None, :], mask=pairs, other=0) != 0
-            top, total, acc = _attend(q, node_k, node_v, seen, top, total, acc, scale, SOFTCAP)
+            if SCALED:
+                node_k = (node_k.to(tl.float32) / k_scale).to(q.dtype).to(key_cache.dtype.element_ty)
+                node_v = (node_v.to(tl.float32) / v_scale).to(q.dtype).to(value_cache.dtype.element_ty)
+            top, total, acc = _attend(
+                q, node_k.to(q.dtype), node_v.to(q.dtype), seen, top, total, acc, scale, SOFTCAP
+            )
             if WRITE:
                 writes = real & (first_row == 0)  # one tile of several
                 slot = tl.load(slots_ptr + own, mask=writes, other=0)
@@ -153,6 +164,8 @@ def tree_attention_kernel(
                 tl.store(counters_ptr + unit, 0)
                 top, total, acc = _join(parts_ptr, sums_ptr, unit * splits, used, ROWS, SIZE)
     if last:
+        if SCALED:
+            acc = acc * v_scale
         to = out_ptr + (token * (KV_HEADS * GROUP) + head)[:, None] * SIZE + dims
         tl.store(to, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=there[:, None])
 

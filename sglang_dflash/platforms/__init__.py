@@ -16,6 +16,7 @@ class Need(Enum):
     WINDOWS = auto()  # layers that slide
     SINKS = auto()
     OTHER_LAYERS = auto()  # kinds of layers that neither slide nor see all
+    FP8_CACHE = auto()  # keys and values in eight bits
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ class Case:
 CASES = {
     "tree 63": Case("--speculative-num-draft-tokens 63 --speculative-num-steps 15", 63),
     "tree 15, pages of 16": Case("--speculative-num-draft-tokens 15 --speculative-num-steps 8 --page-size 16", 15),
+    "tree 15, beside FlashInfer": Case(
+        "--speculative-num-draft-tokens 15 --speculative-num-steps 8 --attention-backend flashinfer", 15
+    ),
     "tree 2, pages of 64": Case("--speculative-num-draft-tokens 2 --speculative-num-steps 2 --page-size 64", 2),
 }
 

@@ -80,6 +80,7 @@ def layer(**own: Any) -> Any:
     usual = {
         "layer_id": 0, "sliding_window_size": -1, "attn_type": AttentionType.DECODER, "tp_q_head_num": HEADS,
         "tp_k_head_num": KV_HEADS, "tp_v_head_num": KV_HEADS, "head_dim": DIM, "scaling": 0.5, "logit_cap": 0.0,
+        "k_scale_float": None, "v_scale_float": None,
     }  # fmt: skip
     return SimpleNamespace(**usual | own)
 
@@ -113,7 +114,7 @@ def test_a_draft_that_reaches_no_further_goes_one_way(backend: Any, monkeypatch:
     monkeypatch.setattr(kernels, "tree_attention", lambda *a: given.append(a) or a[0])
     q, k, v = (torch.zeros(2 * WIDE, heads * DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
     backend.forward_extend(q, k, v, layer(), batch(WIDE, [5, 6], None))
-    assert given[0][-2:] == (96, None)
+    assert given[0][-5:] == (96, None, None, 1.0, 1.0)
 
 
 def test_graphs_are_recorded_of_both_ways_where_there_are_two(fa3: ModuleType, backend: Any) -> None:
@@ -226,13 +227,13 @@ def test_a_sliding_layer_goes_to_the_one_op_with_each_row_s_first_key(
     in_one = reach > 0 or bound == SHORT_PREFIX
     assert [name for name, _ in called] == ["one", *(["one"] if in_one else ["prefix", "window"]), "one"]
     asked, full = called[0][1], called[-2][1]
-    assert asked[-2] == (min(reach, window) if reach else window)
+    assert asked[-5] == (min(reach, window) if reach else window)
     first = torch.maximum(positions - window, torch.tensor([[500], [6]]) - (reach or 10**6)).clamp(min=0)
-    assert asked[-1].dtype == torch.int32 and torch.equal(asked[-1].long(), first)
+    assert asked[-4].dtype == torch.int32 and torch.equal(asked[-4].long(), first)
     near = (depths[:, None] - depths).abs() <= window
     assert torch.equal(asked[3], mask & near) and not near.all()
     assert called[-1][1][3] is asked[3], "worked out once a pass"
-    assert full[3] is backend._mask and (full[-2:] == (reach, None) if in_one else full[-1] == 0.0)
+    assert full[3] is backend._mask and (full[-5:-3] == (reach, None) if in_one else full[-1] == 0.0)
 
 
 def test_a_causal_layer_of_a_draft_that_is_not_sees_no_later_token(

@@ -80,6 +80,7 @@ def layer(slides: int) -> Any:
     return SimpleNamespace(
         layer_id=0, sliding_window_size=slides or -1, attn_type=AttentionType.DECODER, tp_q_head_num=HEADS,
         tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS, head_dim=SIZE, scaling=0.4, logit_cap=0.0,
+        k_scale_float=None, v_scale_float=None,
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ TARGET = Target(
         ({"dtype": "float32", "attention_backend": "flashinfer"}, {}, {}, (9, 0), "flashinfer reads no tree"),
         (
             {"prefill_attention_backend": "flashinfer", "decode_attention_backend": "fa3"}, {}, {}, (9, 0),
-            "--decode-attention-backend fa3 reads no tree, flashinfer does",
+            "--prefill-attention-backend flashinfer reads no tree, fa3 does",
         ),
         (
             {"speculative_draft_attention_backend": "flashinfer"}, {}, {}, (9, 0),
@@ -65,6 +65,12 @@ TARGET = Target(
         ({}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (9, 0), "it slides, which window passes of fa3 do not serve"),
         ({}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (9, 0), "it has sinks, which window passes of fa3 do not"),
         ({}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (10, 0), "which window passes of flashinfer do not"),
+        ({}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0), ""),
+        ({}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (8, 6), "need compute capability 8.9"),
+        (
+            {"attention_backend": "fa3"}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0),
+            "it is in eight bits, which window passes of fa3 do not serve",
+        ),
         ({"dtype": "float32"}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (9, 0), "window passes of plain_torch do"),
         ({}, {}, {"head_dim": 80}, (9, 0), "target's head size 80 is not 64, 128 or 256"),
         ({"dtype": "float32"}, {}, {"head_dim": 80}, (9, 0), ""),
@@ -89,4 +95,4 @@ def test_what_sglang_chose_itself_is_no_wish() -> None:
     draft = DraftConfig.load(embedded.DRAFT)
     asked = SimpleNamespace(**ASKED)
     assert cuda.unserved(asked, settled, draft, TARGET, (8, 0)) == ""
-    assert cuda.attention_backend(asked, "auto", (8, 0)) == "fa3"
+    assert cuda.attention_backend(asked, "auto", TARGET, (8, 0)) == "fa3"

@@ -6,18 +6,18 @@ from typing import Any
 
 from sglang_dflash.draft.config import DraftConfig
 from sglang_dflash.kernels.limits import HEAD_SIZES
-from sglang_dflash.platforms import PLAIN_ATTENTION, Backend, either, other_attention
+from sglang_dflash.platforms import PLAIN_ATTENTION, Backend, Need, either, other_attention
 from sglang_dflash.targets import Target
 
 FAST_ATTENTION, ANY_ATTENTION = "fa3", "flashinfer"
 # Sinks and targets' sliding layers are in the ops, and have not been seen on a GPU.
 BACKENDS = {
     FAST_ATTENTION: Backend(FAST_ATTENTION, head_sizes=HEAD_SIZES),
-    ANY_ATTENTION: Backend(ANY_ATTENTION, head_sizes=HEAD_SIZES),
+    ANY_ATTENTION: Backend(ANY_ATTENTION, frozenset({Need.FP8_CACHE}), HEAD_SIZES),
     PLAIN_ATTENTION: Backend(PLAIN_ATTENTION),
 }
 FAST_CAPABILITIES = 8, 9  # first numbers of the compute capabilities that FlashAttention-3 is made for
-LEAST_CAPABILITY = 8, 0  # of our ops
+LEAST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)  # of our ops, and with keys and values in eight bits
 # Where one op attends to prefix and window, beside FlashAttention-3 (scripts/time_attention.py has found it faster):
 SHORT_PREFIX = 768  # behind prefixes of up to so many tokens, however wide the window is
 NARROW = 16  # and in windows of up to so many rows, tokens times query heads a key, behind any prefix
@@ -28,18 +28,18 @@ def is_narrow(width: int, heads: int, kv_heads: int) -> bool:
     return width * (heads // kv_heads) <= NARROW
 
 
-def attention_backend(asked: Any, dtype: str, capability: tuple[int, int]) -> str:
+def attention_backend(asked: Any, dtype: str, target: Target, capability: tuple[int, int]) -> str:
     """Which attention backend serves target and draft at this --dtype on such a GPU: FlashAttention-3 where there is
-    one, unless FlashInfer is asked for. Both take 16 bits only.
+    one, unless FlashInfer is asked for or alone does what the target needs. Both take 16 bits only.
 
     asked: what the user gave. "auto" is never float32: SGLang serves a checkpoint in float32 as float16.
     """
     if dtype in ("float32", "float"):
         return PLAIN_ATTENTION
     wishes = asked.attention_backend, asked.prefill_attention_backend, asked.decode_attention_backend
-    if ANY_ATTENTION in wishes or capability[0] not in FAST_CAPABILITIES:
-        return ANY_ATTENTION
-    return FAST_ATTENTION
+    there = [FAST_ATTENTION] * (capability[0] in FAST_CAPABILITIES) + [ANY_ATTENTION]
+    there = [name for name in there if name in wishes] or there
+    return next((name for name in there if not any(BACKENDS[name].lacks(target))), there[0])
 
 
 def unserved(
@@ -54,11 +54,13 @@ def unserved(
         return f"--tp-size {arguments.tp_size} is more than one, and trees have been shared by ranks on CPUs alone"
     if capability < LEAST_CAPABILITY:
         return "the GPU has compute capability {}.{}, and trees need {}.{}".format(*capability, *LEAST_CAPABILITY)
-    backend = attention_backend(asked, arguments.dtype, capability)
+    backend = attention_backend(asked, arguments.dtype, target, capability)
     if other := other_attention(asked, backend):
         return f"{other} reads no tree, {backend} does"
     if lacking := next(BACKENDS[backend].lacks(target), ""):
         return lacking
+    if Need.FP8_CACHE in target.needs and capability < FP8_CAPABILITY:
+        return "keys and values in eight bits need compute capability {}.{}".format(*FP8_CAPABILITY)
     if draft.head_dim not in HEAD_SIZES:
         return f"the draft's head size {draft.head_dim} is not {either(HEAD_SIZES)}"
     return ""

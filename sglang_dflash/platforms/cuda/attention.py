@@ -157,4 +157,6 @@ class WindowAttention(AttentionBackend):
             layer.logit_cap,
             sight.prefix_keys,
             first_keys,
+            None,
+            *(1.0 if scale is None else scale for scale in (layer.k_scale_float, layer.v_scale_float)),
         )
