@@ -280,10 +280,9 @@ def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
     """SGLang's arguments that follow from what serves window passes on CUDA; a draft follows its target's backend."""
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
-    from torch.cuda import get_device_capability
 
     view = resolving_view(server_args)
-    backend = cuda.attention_backend(server_args, view.dtype, _target(server_args), get_device_capability())
+    backend = cuda.attention_backend(server_args, view.dtype)
     graphs = view.cuda_graph_config
     if backend == PLAIN_ATTENTION:
         for phase in Phase.ALL:  # no graph can hold this backend, which asks the device for lengths

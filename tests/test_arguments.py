@@ -275,8 +275,8 @@ def reason(draft: str = str(embedded.DRAFT), target: str = "", **arguments: Any)
         ({"speculative_draft_model_quantization": "unquant"}, ""),
         ({"speculative_draft_kv_cache_dtype": "fp8_e4m3"}, "--speculative-draft-kv-cache-dtype fp8_e4m3"),
         ({"speculative_draft_kv_cache_dtype": "auto"}, ""),
-        ({"kv_cache_dtype": "fp8_e4m3"}, ""),
-        ({"kv_cache_dtype": "fp8_e4m3", "attention_backend": "fa3"}, "--kv-cache-dtype fp8_e4m3 asks for keys"),
+        ({"kv_cache_dtype": "fp8_e4m3", "attention_backend": "flashinfer"}, ""),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3 asks for keys"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 is not the draft's"),
         ({"kv_cache_dtype": "bf16"}, ""),
         ({"kv_cache_dtype": "bf16", "dtype": "float16"}, "--kv-cache-dtype bf16 is not the draft's, which is float16"),
@@ -460,7 +460,7 @@ def settle(**arguments: Any) -> Any:
         ({"dtype": "auto"}, "fa3", "full", "breakable"),
         ({"dtype": "bfloat16"}, "fa3", "full", "breakable"),
         ({"attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "flashinfer", "full", "breakable"),
+        ({"kv_cache_dtype": "fp8_e4m3", "attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
         ({"prefill_attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
         ({"dtype": "float32"}, "plain_torch", "disabled", "disabled"),
     ],
@@ -474,14 +474,6 @@ def test_what_serves_on_cuda(
     assert (graphs.decode.backend, graphs.prefill.backend) == (decode, prefill)
     assert settled.speculative_num_draft_tokens == 32
     assert settled.speculative_draft_kv_cache_dtype == "auto", "else the draft's cache is of its target's type"
-
-
-def test_flashinfer_serves_where_there_is_no_flash_attention_3(
-    on_hopper: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (12, 0))
-    settled = settle()
-    assert (settled.attention_backend, settled.speculative_draft_attention_backend) == ("flashinfer",) * 2
 
 
 def test_as_many_requests_run_as_there_are_graphs_for_and_each_joins_at_once(on_hopper: None) -> None:

@@ -39,18 +39,18 @@ TARGET = Target(
     [
         ({}, {}, {}, (9, 0), ""),
         ({"attention_backend": "fa3"}, {}, {}, (8, 0), ""),
-        ({}, {}, {}, (10, 0), ""),
+        ({}, {}, {}, (10, 0), "compute capability 10.0 has not, or --attention-backend flashinfer"),
         ({}, {}, {}, (7, 5), "the GPU has compute capability 7.5, and trees need 8.0"),
         ({"attention_backend": "flashinfer"}, {}, {}, (9, 0), ""),
         ({"attention_backend": "flashinfer"}, {}, {}, (12, 0), ""),
         ({"prefill_attention_backend": "flashinfer"}, {}, {}, (8, 6), ""),
         ({"attention_backend": "flashinfer"}, {}, {"head_dim": 80}, (9, 0), "target's head size 80 is not 64"),
-        ({"attention_backend": "fa3"}, {}, {}, (10, 0), "--attention-backend fa3 reads no tree, flashinfer does"),
-        ({"attention_backend": "trtllm_mha"}, {}, {}, (10, 0), "trtllm_mha reads no tree, flashinfer does"),
+        ({"attention_backend": "fa3"}, {}, {}, (10, 0), "compute capability 10.0 has not"),
+        ({"attention_backend": "trtllm_mha"}, {}, {}, (10, 0), "compute capability 10.0 has not"),
         ({"dtype": "float32", "attention_backend": "flashinfer"}, {}, {}, (9, 0), "flashinfer reads no tree"),
         (
             {"prefill_attention_backend": "flashinfer", "decode_attention_backend": "fa3"}, {}, {}, (9, 0),
-            "--prefill-attention-backend flashinfer reads no tree, fa3 does",
+            "--decode-attention-backend fa3 reads no tree, flashinfer does",
         ),
         (
             {"speculative_draft_attention_backend": "flashinfer"}, {}, {}, (9, 0),
@@ -64,11 +64,17 @@ TARGET = Target(
         ({"speculative_draft_attention_backend": "plain_torch"}, {}, {}, (9, 0), "reads no tree, fa3 does"),
         ({}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (9, 0), "it slides, which window passes of fa3 do not serve"),
         ({}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (9, 0), "it has sinks, which window passes of fa3 do not"),
-        ({}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (10, 0), "which window passes of flashinfer do not"),
-        ({}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0), ""),
-        ({}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (8, 6), "need compute capability 8.9"),
         (
-            {"attention_backend": "fa3"}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0),
+            {"attention_backend": "flashinfer"}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (10, 0),
+            "which window passes of flashinfer do not",
+        ),
+        ({"attention_backend": "flashinfer"}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0), ""),
+        (
+            {"attention_backend": "flashinfer"}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (8, 6),
+            "need compute capability 8.9",
+        ),
+        (
+            {}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0),
             "it is in eight bits, which window passes of fa3 do not serve",
         ),
         ({"dtype": "float32"}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (9, 0), "window passes of plain_torch do"),
@@ -95,4 +101,4 @@ def test_what_sglang_chose_itself_is_no_wish() -> None:
     draft = DraftConfig.load(embedded.DRAFT)
     asked = SimpleNamespace(**ASKED)
     assert cuda.unserved(asked, settled, draft, TARGET, (8, 0)) == ""
-    assert cuda.attention_backend(asked, "auto", TARGET, (8, 0)) == "fa3"
+    assert cuda.attention_backend(asked, "auto") == "fa3"

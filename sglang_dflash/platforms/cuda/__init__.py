@@ -28,18 +28,16 @@ def is_narrow(width: int, heads: int, kv_heads: int) -> bool:
     return width * (heads // kv_heads) <= NARROW
 
 
-def attention_backend(asked: Any, dtype: str, target: Target, capability: tuple[int, int]) -> str:
-    """Which attention backend serves target and draft at this --dtype on such a GPU: FlashAttention-3 where there is
-    one, unless FlashInfer is asked for or alone does what the target needs. Both take 16 bits only.
+def attention_backend(asked: Any, dtype: str) -> str:
+    """Which attention backend serves target and draft at this --dtype: FlashAttention-3, or FlashInfer if that is asked
+    for. Both take 16 bits only.
 
     asked: what the user gave. "auto" is never float32: SGLang serves a checkpoint in float32 as float16.
     """
     if dtype in ("float32", "float"):
         return PLAIN_ATTENTION
     wishes = asked.attention_backend, asked.prefill_attention_backend, asked.decode_attention_backend
-    there = [FAST_ATTENTION] * (capability[0] in FAST_CAPABILITIES) + [ANY_ATTENTION]
-    there = [name for name in there if name in wishes] or there
-    return next((name for name in there if not any(BACKENDS[name].lacks(target))), there[0])
+    return ANY_ATTENTION if ANY_ATTENTION in wishes else FAST_ATTENTION
 
 
 def unserved(
@@ -54,7 +52,12 @@ def unserved(
         return f"--tp-size {arguments.tp_size} is more than one, and trees have been shared by ranks on CPUs alone"
     if capability < LEAST_CAPABILITY:
         return "the GPU has compute capability {}.{}, and trees need {}.{}".format(*capability, *LEAST_CAPABILITY)
-    backend = attention_backend(asked, arguments.dtype, target, capability)
+    backend = attention_backend(asked, arguments.dtype)
+    if backend == FAST_ATTENTION and capability[0] not in FAST_CAPABILITIES:
+        return (
+            "trees need FlashAttention-3, which compute capability {}.{} has not, or --attention-backend {}, which has "
+            "served them on no such GPU yet".format(*capability, ANY_ATTENTION)
+        )
     if other := other_attention(asked, backend):
         return f"{other} reads no tree, {backend} does"
     if lacking := next(BACKENDS[backend].lacks(target), ""):
