@@ -52,9 +52,32 @@ def register() -> None:
 def _before_resolving(server_args: Any) -> None:
     """Every process that runs a model comes by here, and has imported by then what this does."""
     register_plain_attention()
+    _prepare_states()
     from sglang_dflash import arguments
 
     arguments.fill_in_embedded_pair(server_args)
+
+
+@functools.cache
+def _prepare_states() -> None:
+    """On a plain CPU, where SGLang's linear layers have Triton kernels alone."""
+    if cpu.activate():
+        wrapper = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
+        HookRegistry.register(wrapper, _serve_states, HookType.BEFORE)
+        HookRegistry.apply_hooks()
+
+
+def _serve_states(runner: Any, full_attn_backend: Any) -> None:
+    """The model is loaded, its attention is about to be made: what that imports is known by now."""
+    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
+
+    if hybrid_gdn_config(runner.model_config) is None:
+        return
+    from sglang_dflash.platforms.cpu.gdn import HOOKS
+
+    for target, (hook, kind) in HOOKS.items():
+        HookRegistry.register(target, hook, kind)
+    HookRegistry.apply_hooks()
 
 
 def _settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:

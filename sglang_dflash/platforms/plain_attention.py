@@ -110,8 +110,11 @@ class PlainAttnBackend(AttentionBackend):
                 f"attention backend {PLAIN_ATTENTION} has no multi-head latent attention (MLA), which this model "
                 "uses; serve it with another backend of an accelerator, or with SGLANG_USE_CPU_ENGINE=1"
             )
-        self.req_to_token = model_runner.req_to_token_pool.req_to_token
-        self.kv_pool = model_runner.token_to_kv_pool
+        self.req_to_token_pool = model_runner.req_to_token_pool  # what a backend around this one asks for by SGLang's names
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.kv_index_translator = model_runner.kv_index_translator
+        self.req_to_token = self.req_to_token_pool.req_to_token
+        self.kv_pool = self.token_to_kv_pool
         self.swa_pool = self.kv_pool if isinstance(self.kv_pool, SWAKVPool) else None
         self.kernel = _sdpa_on(self.req_to_token.device)
         self.spans: list[Span] = []
