@@ -21,7 +21,12 @@ from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.runtime_context import get_exec, get_observability
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
-from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
+from sglang.srt.speculative.spec_utils import (
+    commit_mamba_states_after_verify,
+    draft_pp_context,
+    draft_tp_context,
+    prepare_mamba_track_for_verify,
+)
 from torch import Tensor
 
 from sglang_dflash import kernels
@@ -185,6 +190,7 @@ class DFlashWorker(BaseSpecWorker):
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
         commit(window, tree, walked, features, self._target_pools, self.draft)
+        self._commit_states(batch, walked, tree.tokens.shape[1])
         step.clock.done()
         return StepResult(
             logits_output=output,
@@ -208,6 +214,7 @@ class DFlashWorker(BaseSpecWorker):
         batch.spec_info = spec_info
         batch.seq_lens_cpu = window.host_lens
         batch.seq_lens_sum = None
+        prepare_mamba_track_for_verify(batch)
         forward_batch = ForwardBatch.init_new(
             batch,
             self.target,
@@ -220,6 +227,11 @@ class DFlashWorker(BaseSpecWorker):
             batch=None, forward_batch=forward_batch, is_verify=True
         )
         return verified, spec_info.positions
+
+    def _commit_states(self, batch: Any, walked: Walk, width: int) -> None:
+        """Layers that keep a state: what it is behind the last walked node, and what the prefix cache keeps of it."""
+        rows = _walked_rows(walked, width)
+        commit_mamba_states_after_verify(self._target_worker, batch, walked.lens, rows, draft_token_num=width)
 
     def _sample_and_walk(
         self,
