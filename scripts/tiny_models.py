@@ -1,11 +1,11 @@
 """Make a tiny random target and a random draft for it, without a download.
 
-    python scripts/tiny_models.py llama|qwen3|qwen3-moe|qwen3.5|sliding OUT_TARGET OUT_DRAFT
+    python scripts/tiny_models.py llama|qwen3|qwen3-moe|qwen3.5|qwen3-next|sliding OUT_TARGET OUT_DRAFT
 
 What they say means nothing, and a vocabulary of 96 tokens lets some of what is drafted come true: to see that a family
 of targets is served, with drafts of sliding and full layers. Serve them with --skip-tokenizer-init. `sliding` is dense:
-three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer). `qwen3.5` is dense:
-three layers in four are gated delta nets.
+three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer). Of `qwen3.5`, which
+is dense, and `qwen3-next`, which is not, three layers in four are gated delta nets.
 """
 
 from __future__ import annotations
@@ -40,12 +40,20 @@ class Family(StrEnum):
     QWEN3 = "qwen3"
     QWEN3_MOE = "qwen3-moe"
     QWEN3_5 = "qwen3.5"
+    QWEN3_NEXT = "qwen3-next"
     SLIDING = "sliding"
 
 
 def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A target's config.json and its tensors."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3_5TextConfig, Qwen3Config, Qwen3MoeConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        LlamaConfig,
+        Qwen3_5TextConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+        Qwen3NextConfig,
+    )
 
     if family == Family.SLIDING:
         return sliding_target()
@@ -55,11 +63,28 @@ def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         Family.LLAMA: lambda: LlamaConfig(**shape),
         Family.QWEN3: lambda: Qwen3Config(**shape),
         Family.QWEN3_MOE: lambda: Qwen3MoeConfig(**shape, **experts),
+        Family.QWEN3_NEXT: lambda: Qwen3NextConfig(
+            **shape, **DELTA_NETS, **experts, shared_expert_intermediate_size=64
+        ),
         Family.QWEN3_5: lambda: Qwen3_5TextConfig(**shape, **DELTA_NETS),
     }[family]()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     raw = {**config.to_dict(), "architectures": [type(model).__name__], "full_attention_interval": LAYERS}
-    return raw, random_weights({name: tuple(t.shape) for name, t in model.state_dict().items()})
+    return raw, random_weights(one_by_one({name: tuple(t.shape) for name, t in model.state_dict().items()}))
+
+
+def one_by_one(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Experts as checkpoints have them: each by itself, and not as transformers holds them."""
+    apart: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        layer, found, matrix = name.partition(".experts.")
+        if not found:
+            apart[name] = shape
+            continue
+        parts = ("gate_proj", "up_proj") if matrix == "gate_up_proj" else ("down_proj",)
+        rows = shape[1] // len(parts)
+        apart |= {f"{layer}.experts.{e}.{part}.weight": (rows, shape[2]) for e in range(shape[0]) for part in parts}
+    return apart
 
 
 def sliding_target() -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -19,7 +19,7 @@ from sglang_dflash.draft.checkpoint import MASK_EMBEDDING, check_tensors, load_m
 from sglang_dflash.draft.config import DraftConfig
 from sglang_dflash.kernels import limits
 from sglang_dflash.options import Options
-from sglang_dflash.platforms import PLAIN_ATTENTION, cpu, cuda, other_attention
+from sglang_dflash.platforms import PLAIN_ATTENTION, Need, cpu, cuda, other_attention
 from sglang_dflash.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,14 @@ HANDED_OVER = (
     "enable_unified_memory",
     "enable_hisparse",
     "enable_kv_cache_sharding",
+)
+# With layers that keep a state: ways to keep one that is not of the last token that the host took, or not as it was.
+HANDED_OVER_WITH_STATES = (
+    "enable_streaming_session",
+    "enable_hierarchical_cache",
+    "enable_int8_mamba_checkpoint",
+    "enable_linear_replayssm",
+    "enable_linear_replayssm_spec",
 )
 # What SGLang reads for other ways to speculate, the value at which it asks for nothing, and why it has no effect here.
 _SAMPLED = "a drafted token is accepted if and only if the target sampled just this"
@@ -353,6 +361,8 @@ def _reasons(server_args: Any) -> Iterator[str]:
     target = _target(server_args)
     if target.unserved:
         yield target.unserved
+    if Need.DELTA_NETS in target.needs:
+        yield from _reasons_with_states(server_args)
     if current_platform.device_type == "cpu":
         if target.quantization:
             yield f"the target is quantised ({target.quantization})"
@@ -386,6 +396,24 @@ def _reasons_in_arguments(server_args: Any) -> Iterator[str]:
     tables = sorted({"all", "embed_tokens", "lm_head"} & set(_lora_modules(server_args) or ()))
     if tables:
         yield f"LoRA adapters change the embedding or the head ({tables[0]})"
+
+
+def _reasons_with_states(server_args: Any) -> Iterator[str]:
+    """A prefix cache may only keep states at points that the step is told of (SGLang's extra buffer)."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    view = resolving_view(server_args)
+    strategy = view.mamba_radix_cache_strategy  # settled before DFLASH is
+    if not view.disable_radix_cache and strategy not in ("auto", "extra_buffer"):
+        yield (
+            f"the target has gated delta nets, whose prefix cache is of --mamba-radix-cache-strategy {strategy}: give "
+            "extra_buffer, or --disable-radix-cache"
+        )
+    if view.tp_size > 1:
+        yield f"the target has gated delta nets, and {_option(view, 'tp_size')} is more than one"
+    for flag in HANDED_OVER_WITH_STATES:
+        if getattr(server_args, flag):
+            yield f"the target has gated delta nets, and {_option(server_args, flag)} is asked for"
 
 
 def _lora_modules(server_args: Any) -> set[str] | None:

@@ -1,8 +1,8 @@
 """Gated delta nets in plain torch: the linear layers of Qwen3-Next and Qwen3.5, over prompts, tokens, chains and trees.
 
-Of a request such a layer keeps its last inputs, which a short convolution reads, and a state: a matrix [value, key] a head
-that each token decays, corrects and is answered from. A window of tokens is read from where the request stands, each
-token behind its own path; what it leaves is kept until it is known which path is taken, and only then written.
+Of a request such a layer keeps its last inputs, which a short convolution reads, and a state: a matrix [value, key] a
+head that each token decays, corrects and is answered from. A window of tokens is read from where the request stands,
+each token behind its own path; what it leaves is kept until it is known which path is taken, and only then written.
 
 A prompt is read as windows of CHUNK tokens, a decoded token as a window of one.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK = 64  # tokens; also the grid of the states that SGLang's prefix cache keeps
+
+# Of windows, what a layer is given: inputs [windows, w, channels] of the convolution; a, b [windows, w, heads], which
+# come to decay and correction.
+Tokens = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,13 +108,14 @@ def delta_rule(
 
 
 def read_windows(
-    layer: Any, paths: Paths, inputs: Tensor, a: Tensor, b: Tensor, kept: Tensor, state: Tensor
+    layer: Any, paths: Paths, tokens: Tokens, kept: Tensor, state: Tensor
 ) -> tuple[Tensor, Read]:
-    """One layer over windows: its answers [windows, w, heads, value], and what it leaves.
+    """One layer over windows of tokens: its answers [windows, w, heads, value], and what it leaves.
 
-    layer: a RadixLinearAttention. inputs [windows, w, channels]; a, b [windows, w, heads]; kept [windows, channels,
-    K - 1] and state [windows, heads, value, key]: where each window begins.
+    layer: a RadixLinearAttention. kept [windows, channels, K - 1] and state [windows, heads, value, key]: where each
+    begins.
     """
+    inputs, a, b = tokens
     inputs = torch.cat([kept.transpose(1, 2).to(inputs.dtype), inputs], 1)
     rows = torch.arange(len(inputs))[:, None, None]
     mixed = (inputs[rows, paths.lines] * layer.conv_weights.t()).sum(-2)
@@ -158,8 +164,8 @@ class GatedDeltaNets(MambaAttnBackendBase):
         self, layer: Any, forward_batch: Any, mixed_qkv: Tensor, a: Tensor, b: Tensor, **unused: Any
     ) -> Tensor:
         slots, kept, states = self._pools(layer)
-        one = (x[:, None] for x in (mixed_qkv, a, b))
-        answers, read = read_windows(layer, chain(1, self._kernel), *one, kept[slots], states[slots])
+        one = mixed_qkv[:, None], a[:, None], b[:, None]
+        answers, read = read_windows(layer, chain(1, self._kernel), one, kept[slots], states[slots])
         _write(kept, states, slots, read.after(torch.zeros_like(slots), states[slots]))
         if forward_batch.mamba_track_mask is not None:
             rows = forward_batch.mamba_track_mask.nonzero()[:, 0]
@@ -173,10 +179,10 @@ class GatedDeltaNets(MambaAttnBackendBase):
         if not forward_batch.forward_mode.is_target_verify():
             return self._prompts(layer, forward_batch, mixed_qkv, a, b)
         slots, kept, states = self._pools(layer)
-        windows = (x.unflatten(0, (len(slots), -1)) for x in (mixed_qkv, a, b))
-        answers, self._read[layer.layer_id] = read_windows(
-            layer, self._windows, *windows, kept[slots], states[slots]
-        )
+        shape = len(slots), -1
+        windows = mixed_qkv.unflatten(0, shape), a.unflatten(0, shape), b.unflatten(0, shape)
+        answers, read = read_windows(layer, self._windows, windows, kept[slots], states[slots])
+        self._read[layer.layer_id] = read
         return answers.flatten(0, 1)[None]
 
     def _prompts(self, layer: Any, forward_batch: Any, mixed_qkv: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -187,15 +193,15 @@ class GatedDeltaNets(MambaAttnBackendBase):
             kept[forward_batch.mamba_track_indices[forward_batch.mamba_track_mask]] = inputs.to(kept.dtype)
             chunks, at_chunk = self.forward_metadata.track_chunk_idx.tolist(), torch.zeros_like(states[slots])
         answers = []
-        for i, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for i, (start, end) in enumerate(pairwise(starts)):
             slot = slots[i : i + 1]
             for chunk, first in enumerate(range(start, end, CHUNK)):
                 if tracked and chunks[i] == chunk:
                     at_chunk[i] = states[slot[0]]
                 rows = slice(first, min(first + CHUNK, end))
                 paths = chain(rows.stop - first, self._kernel)
-                window = (x[None, rows] for x in (mixed_qkv, a, b))
-                out, read = read_windows(layer, paths, *window, kept[slot], states[slot])
+                window = mixed_qkv[None, rows], a[None, rows], b[None, rows]
+                out, read = read_windows(layer, paths, window, kept[slot], states[slot])
                 _write(kept, states, slot, read.after(torch.tensor([rows.stop - first - 1]), states[slot]))
                 answers.append(out[0])
         if tracked:
