@@ -4,8 +4,8 @@
 
 What they say means nothing, and a vocabulary of 96 tokens lets some of what is drafted come true: to see that a family
 of targets is served, with drafts of sliding and full layers. Serve them with --skip-tokenizer-init. `sliding` is dense:
-three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer). Of `qwen3.5`, which
-is dense, and `qwen3-next`, which is not, three layers in four are gated delta nets.
+three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer). Of `qwen3.5`,
+which is dense, and `qwen3-next`, which is not, three layers in four are gated delta nets.
 """
 
 from __future__ import annotations

@@ -398,6 +398,13 @@ def _reasons_in_arguments(server_args: Any) -> Iterator[str]:
         yield f"LoRA adapters change the embedding or the head ({tables[0]})"
 
 
+def keeps_states_on_cuda(server_args: Any) -> bool:
+    """Whether the target has gated delta nets, and SGLang's kernels to run them."""
+    from sglang.srt.platforms import current_platform
+
+    return current_platform.device_type == "cuda" and Need.DELTA_NETS in _target(server_args).needs
+
+
 def _reasons_with_states(server_args: Any) -> Iterator[str]:
     """A prefix cache may only keep states at points that the step is told of (SGLang's extra buffer)."""
     from sglang.srt.arg_groups.overrides import resolving_view

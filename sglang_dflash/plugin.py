@@ -125,6 +125,8 @@ def _create_worker(original: Callable[..., Any], algorithm: Any, server_args: An
     if not algorithm.is_dflash() or arguments.reason_to_hand_over(server_args):
         return original(algorithm, server_args)
     _take_over()
+    if arguments.keeps_states_on_cuda(server_args):
+        _take_over_states()
     from sglang_dflash.worker import DFlashWorker
 
     return DFlashWorker
@@ -171,4 +173,15 @@ def _take_over() -> None:
         around[f"{runners}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture"] = attention.capture_both_ways
     for target, hook in around.items():
         HookRegistry.register(target, hook, HookType.AROUND)
+    HookRegistry.apply_hooks()
+
+
+def _take_over_states() -> None:
+    """CUDA's gated delta nets, of which most targets have none."""
+    from sglang_dflash.platforms.cuda.states import WindowStates, keep_windows_apart
+
+    backend = "sglang.srt.layers.attention.linear.gdn_backend.GDNAttnBackend"
+    HookRegistry.register(backend, WindowStates, HookType.REPLACE)
+    overlap = "sglang.srt.mem_cache.memory_pool.conv_window_dedup_enabled"
+    HookRegistry.register(overlap, keep_windows_apart, HookType.AROUND)
     HookRegistry.apply_hooks()

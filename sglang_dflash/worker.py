@@ -93,6 +93,8 @@ class DFlashWorker(BaseSpecWorker):
             super().init_attention_backends()
         self.draft.bind_pools()
         self._target_pools = rows_of(self.target.token_to_kv_pool)
+        if states := getattr(self.target.attn_backend, "linear_attn_backend", None):
+            states.chains = self.options.chain
         requests, on_gpu = len(self.target.req_to_token_pool.req_to_token), self.target.device == "cuda"
         self.planner = Planner(self.options, requests, on_gpu, self.metrics)
 

@@ -269,6 +269,11 @@ def gate(x: Tensor, gates: Tensor, inplace: bool = False) -> Tensor:
     return x * gates.reshape(x.shape).sigmoid()
 
 
+def add_shared_expert(hidden: Tensor, weight: Tensor, shared: Tensor, experts: Tensor) -> None:
+    """To experts [tokens, hidden], in place, what the shared expert says, gated by its weight [hidden]."""
+    experts += (hidden @ weight).sigmoid()[:, None] * shared
+
+
 def gated_norm(original: Callable[..., Tensor], norm: Any, x: Tensor, z: Tensor) -> Tensor:
     """Around the norm of a linear layer's answers, x [rows, value], each gated by its z afterwards."""
     activation = torch.sigmoid if norm.activation == "sigmoid" else F.silu
@@ -277,6 +282,7 @@ def gated_norm(original: Callable[..., Tensor], norm: Any, x: Tensor, z: Tensor)
 
 
 _OPS = "sglang.kernels.ops.attention"
+_ELEMENTWISE = "sglang.kernels.ops.elementwise.elementwise"
 _LINEAR = "sglang.srt.layers.attention"
 HOOKS: dict[str, tuple[Any, HookType]] = {
     f"{_LINEAR}.linear.gdn_backend.GDNAttnBackend": (GatedDeltaNets, HookType.REPLACE),
@@ -284,7 +290,8 @@ HOOKS: dict[str, tuple[Any, HookType]] = {
         (commit_states, HookType.REPLACE),
     f"{_OPS}.triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat_contiguous": (split_by_kind, HookType.REPLACE),
     f"{_OPS}.triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat": (split_by_head, HookType.REPLACE),
-    "sglang.kernels.ops.elementwise.elementwise.fused_sigmoid_mul": (gate, HookType.REPLACE),
+    f"{_ELEMENTWISE}.fused_sigmoid_mul": (gate, HookType.REPLACE),
+    f"{_ELEMENTWISE}.fused_gate_sigmoid_mul_add": (add_shared_expert, HookType.REPLACE),
     f"{_OPS}.fla.layernorm_gated.RMSNorm.forward": (gated_norm, HookType.AROUND),
     f"{_OPS}.fla.fused_norm_gate.FusedRMSNormGated.forward": (gated_norm, HookType.AROUND),
 }  # fmt: skip
