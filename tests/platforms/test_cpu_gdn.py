@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -218,6 +219,21 @@ def test_projections_are_split_as_each_model_lays_them_out() -> None:
         wanted = by_kind[0][:, :CHANNELS], z.flatten(1, 2), b.flatten(1), a.flatten(1)
         for given, want in zip(got, wanted, strict=True):
             assert torch.equal(given, want)
+
+
+def test_what_is_replaced_is_there() -> None:
+    for target, (hook, _) in gdn.HOOKS.items():
+        original = pkgutil.resolve_name(target)
+        assert isinstance(original, type) == isinstance(hook, type), target
+
+
+def test_shared_experts_and_attention_are_gated_by_sigmoids() -> None:
+    hidden, weight, shared, experts = torch.randn(3, 8), torch.randn(8), torch.randn(3, 8), torch.randn(3, 8)
+    want = experts + torch.sigmoid((hidden * weight).sum(-1, keepdim=True)) * shared
+    gdn.add_shared_expert(hidden, weight, shared, experts)
+    torch.testing.assert_close(experts, want)
+    by_head = hidden.view(3, 2, 4)
+    torch.testing.assert_close(gdn.gate(shared, by_head, inplace=True), shared * torch.sigmoid(hidden))
 
 
 def test_answers_are_normed_then_gated() -> None:
