@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from sglang.kernels.fused_op import set_fused_op_backend
 from sglang.kernels.spec import KernelBackend
+from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.cuda_graph_config import Backend
@@ -73,6 +74,7 @@ class DFlashWorker(BaseSpecWorker):
         largest = self.options.largest
         # What SGLang's gauges tell.
         self.speculative_num_steps, self.speculative_num_draft_tokens = largest.depth, largest.verified
+        self.keeps_states = mambaish_config(self.target.model_config) is not None
         self.penalties = Penalties()
         metrics = get_observability().enable_metrics and ranks.is_first()
         self.metrics = step_metrics(self.options, server_args, metrics)
@@ -192,7 +194,8 @@ class DFlashWorker(BaseSpecWorker):
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
         commit(window, tree, walked, features, self._target_pools, self.draft)
-        self._commit_states(batch, walked, tree.tokens.shape[1])
+        if self.keeps_states:
+            self._commit_states(batch, walked, tree.tokens.shape[1])
         step.clock.done()
         return StepResult(
             logits_output=output,
@@ -231,7 +234,7 @@ class DFlashWorker(BaseSpecWorker):
         return verified, spec_info.positions
 
     def _commit_states(self, batch: Any, walked: Walk, width: int) -> None:
-        """Layers that keep a state: what it is behind the last walked node, and what the prefix cache keeps of it."""
+        """In layers that keep one: the state behind the last walked node, and what the prefix cache keeps before."""
         rows = _walked_rows(walked, width)
         commit_mamba_states_after_verify(self._target_worker, batch, walked.lens, rows, draft_token_num=width)
 
