@@ -1,11 +1,11 @@
 """Make a tiny random target and a random draft for it, without a download.
 
-    python scripts/tiny_models.py llama|qwen3|qwen3-moe|qwen3.5|qwen3-next|sliding OUT_TARGET OUT_DRAFT
+    python scripts/tiny_models.py llama|qwen3|qwen3-moe|qwen3-next|qwen3.5|qwen3.5-moe|sliding OUT_TARGET OUT_DRAFT
 
 What they say means nothing, and a vocabulary of 96 tokens lets some of what is drafted come true: to see that a family
 of targets is served, with drafts of sliding and full layers. Serve them with --skip-tokenizer-init. `sliding` is dense:
-three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer). Of `qwen3.5`,
-which is dense, and `qwen3-next`, which is not, three layers in four are gated delta nets.
+three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer). Of
+`qwen3-next`, `qwen3.5` and `qwen3.5-moe` three layers in four are gated delta nets; the second is dense.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Family(StrEnum):
     QWEN3_MOE = "qwen3-moe"
     QWEN3_5 = "qwen3.5"
     QWEN3_NEXT = "qwen3-next"
+    QWEN3_5_MOE = "qwen3.5-moe"
     SLIDING = "sliding"
 
 
@@ -49,6 +50,7 @@ def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from transformers import (
         AutoModelForCausalLM,
         LlamaConfig,
+        Qwen3_5MoeTextConfig,
         Qwen3_5TextConfig,
         Qwen3Config,
         Qwen3MoeConfig,
@@ -59,13 +61,13 @@ def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return sliding_target()
     shape = {**SHAPE, "num_hidden_layers": LAYERS}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    shared = {**experts, "shared_expert_intermediate_size": 64}
     config = {
         Family.LLAMA: lambda: LlamaConfig(**shape),
         Family.QWEN3: lambda: Qwen3Config(**shape),
         Family.QWEN3_MOE: lambda: Qwen3MoeConfig(**shape, **experts),
-        Family.QWEN3_NEXT: lambda: Qwen3NextConfig(
-            **shape, **DELTA_NETS, **experts, shared_expert_intermediate_size=64
-        ),
+        Family.QWEN3_NEXT: lambda: Qwen3NextConfig(**shape, **DELTA_NETS, **shared),
+        Family.QWEN3_5_MOE: lambda: Qwen3_5MoeTextConfig(**shape, **DELTA_NETS, **shared),
         Family.QWEN3_5: lambda: Qwen3_5TextConfig(**shape, **DELTA_NETS),
     }[family]()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
