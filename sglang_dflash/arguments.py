@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 # Trees by nodes and depth, from which a step takes what pays at its load; measured on H100s (docs/gpu.md).
 LADDER = ((0, 0), (2, 2), (4, 4), (7, 7), (15, 10), (31, 15))
 DEFAULT_NODES = 31
+NODES_WITH_STATES = 7  # SGLang reserves a state a node for each request: some 50 MB in a target of 9B parameters
 MOST_TOKENS = 1024  # of a verify pass: any GPU is short of arithmetic by then, and a wider tree only waits for it
 UNBOUNDED = 1 << 30
 SGLANGS_REQUESTS = 48  # at once, where SGLang decides for DFLASH
@@ -76,7 +77,8 @@ def options_of(server_args: Any) -> Options:
         raise ValueError(f"--speculative-num-draft-tokens must be 0 (plain decoding) or more, got {nodes}")
     top_k = min(draft.selector_top_k or TOP_K, draft.vocab_size)
     longest = depth or draft.max_depth
-    bound = nodes if nodes is not None else longest if chain else min(DEFAULT_NODES, _paths(top_k, longest))
+    most = NODES_WITH_STATES if Need.DELTA_NETS in _target(server_args).needs else DEFAULT_NODES
+    bound = nodes if nodes is not None else longest if chain else min(most, _paths(top_k, longest))
     _check_bounds(bound, min(bound, longest), top_k, chain)
     fixed = nodes == 0 or None not in (nodes, depth)
     trees = {bound: min(bound, longest)} if fixed else _trees(bound, longest, top_k, chain)

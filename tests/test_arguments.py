@@ -427,6 +427,15 @@ def test_a_plain_cpu_serves_gated_delta_nets_whose_states_are_of_the_last_token(
     assert told in got if told else got == ""
 
 
+def test_where_nodes_cost_states_fewer_are_drafted_unless_more_are_asked_for(
+    pair: embedded.Pair, make_target: Callable[..., str]
+) -> None:
+    given = {"model_path": make_target(**QWEN), "speculative_draft_model_path": str(embedded.DRAFT)}
+    assert options_of(ServerArgs(**given)).largest.nodes == 7
+    assert options_of(ServerArgs(**given, speculative_num_draft_tokens=15)).largest.nodes == 15
+    assert options_of(ServerArgs(**{**given, "model_path": str(pair.target)})).largest.nodes == 31
+
+
 def test_a_plain_cpu_serves_sliding_targets_from_one_pool(
     pair: embedded.Pair, make_target: Callable[..., str]
 ) -> None:
