@@ -1,10 +1,11 @@
 """Make a tiny random target and a random draft for it, without a download.
 
-    python scripts/tiny_models.py llama|qwen3|qwen3-moe|sliding OUT_TARGET OUT_DRAFT
+    python scripts/tiny_models.py llama|qwen3|qwen3-moe|qwen3-next|qwen3.5|qwen3.5-moe|sliding OUT_TARGET OUT_DRAFT
 
 What they say means nothing, and a vocabulary of 96 tokens lets some of what is drafted come true: to see that a family
 of targets is served, with drafts of sliding and full layers. Serve them with --skip-tokenizer-init. `sliding` is dense:
-three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer).
+three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer). Of
+`qwen3-next`, `qwen3.5` and `qwen3.5-moe` three layers in four are gated delta nets; the second is dense.
 """
 
 from __future__ import annotations
@@ -29,31 +30,63 @@ SHAPE = {
     "head_dim": HEAD_DIM, "intermediate_size": INNER, "max_position_embeddings": CONTEXT, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": 2, "rope_theta": 10000.0, "dtype": "float32",
 }  # fmt: skip
+DELTA_NETS = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+}  # fmt: skip
 
 
 class Family(StrEnum):
     LLAMA = "llama"
     QWEN3 = "qwen3"
     QWEN3_MOE = "qwen3-moe"
+    QWEN3_5 = "qwen3.5"
+    QWEN3_NEXT = "qwen3-next"
+    QWEN3_5_MOE = "qwen3.5-moe"
     SLIDING = "sliding"
 
 
 def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A target's config.json and its tensors."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        LlamaConfig,
+        Qwen3_5MoeTextConfig,
+        Qwen3_5TextConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+        Qwen3NextConfig,
+    )
 
     if family == Family.SLIDING:
         return sliding_target()
     shape = {**SHAPE, "num_hidden_layers": LAYERS}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    shared = {**experts, "shared_expert_intermediate_size": 64}
     config = {
         Family.LLAMA: lambda: LlamaConfig(**shape),
         Family.QWEN3: lambda: Qwen3Config(**shape),
         Family.QWEN3_MOE: lambda: Qwen3MoeConfig(**shape, **experts),
+        Family.QWEN3_NEXT: lambda: Qwen3NextConfig(**shape, **DELTA_NETS, **shared),
+        Family.QWEN3_5_MOE: lambda: Qwen3_5MoeTextConfig(**shape, **DELTA_NETS, **shared),
+        Family.QWEN3_5: lambda: Qwen3_5TextConfig(**shape, **DELTA_NETS),
     }[family]()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    raw = {**config.to_dict(), "architectures": [type(model).__name__]}
-    return raw, random_weights({name: tuple(t.shape) for name, t in model.state_dict().items()})
+    raw = {**config.to_dict(), "architectures": [type(model).__name__], "full_attention_interval": LAYERS}
+    return raw, random_weights(one_by_one({name: tuple(t.shape) for name, t in model.state_dict().items()}))
+
+
+def one_by_one(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Experts as checkpoints have them: each by itself, and not as transformers holds them."""
+    apart: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        layer, found, matrix = name.partition(".experts.")
+        if not found:
+            apart[name] = shape
+            continue
+        parts = ("gate_proj", "up_proj") if matrix == "gate_up_proj" else ("down_proj",)
+        rows = shape[1] // len(parts)
+        apart |= {f"{layer}.experts.{e}.{part}.weight": (rows, shape[2]) for e in range(shape[0]) for part in parts}
+    return apart
 
 
 def sliding_target() -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -91,12 +124,13 @@ def draft() -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Norms near 1; what a layer adds is of the size of what it is added to."""
+    """Norms near 1; what a layer adds is of the size of what it is added to; states forget over some ten tokens."""
     torch.manual_seed(0)
     return {
-        name: 1 + 0.1 * torch.randn(shape) if len(shape) == 1 else torch.randn(shape) / shape[-1] ** 0.5
+        name: torch.randn(shape) / shape[-1] ** 0.5 if len(shape) > 1
+        else torch.randn(shape) - 3 if name.endswith("A_log") else 1 + 0.1 * torch.randn(shape)
         for name, shape in shapes.items()
-    }
+    }  # fmt: skip
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from sglang_dflash.draft.checkpoint import MASK_EMBEDDING, check_tensors, load_m
 from sglang_dflash.draft.config import DraftConfig
 from sglang_dflash.kernels import limits
 from sglang_dflash.options import Options
-from sglang_dflash.platforms import PLAIN_ATTENTION, cpu, cuda, other_attention
+from sglang_dflash.platforms import PLAIN_ATTENTION, Need, cpu, cuda, other_attention
 from sglang_dflash.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 # Trees by nodes and depth, from which a step takes what pays at its load; measured on H100s (docs/gpu.md).
 LADDER = ((0, 0), (2, 2), (4, 4), (7, 7), (15, 10), (31, 15))
 DEFAULT_NODES = 31
+NODES_WITH_STATES = 7  # SGLang reserves a state a node for each request: some 50 MB in a target of 9B parameters
 MOST_TOKENS = 1024  # of a verify pass: any GPU is short of arithmetic by then, and a wider tree only waits for it
 UNBOUNDED = 1 << 30
 SGLANGS_REQUESTS = 48  # at once, where SGLang decides for DFLASH
@@ -42,6 +43,14 @@ HANDED_OVER = (
     "enable_unified_memory",
     "enable_hisparse",
     "enable_kv_cache_sharding",
+)
+# With layers that keep a state: ways to keep one that is not of the last token that the host took, or not as it was.
+HANDED_OVER_WITH_STATES = (
+    "enable_streaming_session",
+    "enable_hierarchical_cache",
+    "enable_int8_mamba_checkpoint",
+    "enable_linear_replayssm",
+    "enable_linear_replayssm_spec",
 )
 # What SGLang reads for other ways to speculate, the value at which it asks for nothing, and why it has no effect here.
 _SAMPLED = "a drafted token is accepted if and only if the target sampled just this"
@@ -68,7 +77,8 @@ def options_of(server_args: Any) -> Options:
         raise ValueError(f"--speculative-num-draft-tokens must be 0 (plain decoding) or more, got {nodes}")
     top_k = min(draft.selector_top_k or TOP_K, draft.vocab_size)
     longest = depth or draft.max_depth
-    bound = nodes if nodes is not None else longest if chain else min(DEFAULT_NODES, _paths(top_k, longest))
+    most = NODES_WITH_STATES if Need.DELTA_NETS in _target(server_args).needs else DEFAULT_NODES
+    bound = nodes if nodes is not None else longest if chain else min(most, _paths(top_k, longest))
     _check_bounds(bound, min(bound, longest), top_k, chain)
     fixed = nodes == 0 or None not in (nodes, depth)
     trees = {bound: min(bound, longest)} if fixed else _trees(bound, longest, top_k, chain)
@@ -355,6 +365,8 @@ def _reasons(server_args: Any) -> Iterator[str]:
     target = _target(server_args)
     if target.unserved:
         yield target.unserved
+    if Need.DELTA_NETS in target.needs:
+        yield from _reasons_with_states(server_args)
     if current_platform.device_type == "cpu":
         if target.quantization:
             yield f"the target is quantised ({target.quantization})"
@@ -388,6 +400,31 @@ def _reasons_in_arguments(server_args: Any) -> Iterator[str]:
     tables = sorted({"all", "embed_tokens", "lm_head"} & set(_lora_modules(server_args) or ()))
     if tables:
         yield f"LoRA adapters change the embedding or the head ({tables[0]})"
+
+
+def keeps_states_on_cuda(server_args: Any) -> bool:
+    """Whether the target has gated delta nets, and SGLang's kernels to run them."""
+    from sglang.srt.platforms import current_platform
+
+    return current_platform.device_type == "cuda" and Need.DELTA_NETS in _target(server_args).needs
+
+
+def _reasons_with_states(server_args: Any) -> Iterator[str]:
+    """A prefix cache may only keep states at points that the step is told of (SGLang's extra buffer)."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    view = resolving_view(server_args)
+    strategy = view.mamba_radix_cache_strategy  # settled before DFLASH is
+    if not view.disable_radix_cache and strategy not in ("auto", "extra_buffer"):
+        yield (
+            f"the target has gated delta nets, whose prefix cache is of --mamba-radix-cache-strategy {strategy}: give "
+            "extra_buffer, or --disable-radix-cache"
+        )
+    if view.tp_size > 1:
+        yield f"the target has gated delta nets, and {_option(view, 'tp_size')} is more than one"
+    for flag in HANDED_OVER_WITH_STATES:
+        if getattr(server_args, flag):
+            yield f"the target has gated delta nets, and {_option(server_args, flag)} is asked for"
 
 
 def _lora_modules(server_args: Any) -> set[str] | None:

@@ -52,9 +52,32 @@ def register() -> None:
 def _before_resolving(server_args: Any) -> None:
     """Every process that runs a model comes by here, and has imported by then what this does."""
     register_plain_attention()
+    _prepare_states()
     from sglang_dflash import arguments
 
     arguments.fill_in_embedded_pair(server_args)
+
+
+@functools.cache
+def _prepare_states() -> None:
+    """On a plain CPU, where SGLang's linear layers have Triton kernels alone."""
+    if cpu.activate():
+        wrapper = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
+        HookRegistry.register(wrapper, _serve_states, HookType.BEFORE)
+        HookRegistry.apply_hooks()
+
+
+def _serve_states(runner: Any, full_attn_backend: Any) -> None:
+    """The model is loaded, its attention is about to be made: what that imports is known by now."""
+    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
+
+    if hybrid_gdn_config(runner.model_config) is None:
+        return
+    from sglang_dflash.platforms.cpu.gdn import HOOKS
+
+    for target, (hook, kind) in HOOKS.items():
+        HookRegistry.register(target, hook, kind)
+    HookRegistry.apply_hooks()
 
 
 def _settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
@@ -102,6 +125,8 @@ def _create_worker(original: Callable[..., Any], algorithm: Any, server_args: An
     if not algorithm.is_dflash() or arguments.reason_to_hand_over(server_args):
         return original(algorithm, server_args)
     _take_over()
+    if arguments.keeps_states_on_cuda(server_args):
+        _take_over_states()
     from sglang_dflash.worker import DFlashWorker
 
     return DFlashWorker
@@ -147,4 +172,15 @@ def _take_over() -> None:
         around[f"{runners}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture"] = attention.capture_each_way
     for target, hook in around.items():
         HookRegistry.register(target, hook, HookType.AROUND)
+    HookRegistry.apply_hooks()
+
+
+def _take_over_states() -> None:
+    """CUDA's gated delta nets, of which most targets have none."""
+    from sglang_dflash.platforms.cuda.states import WindowStates, keep_windows_apart
+
+    backend = "sglang.srt.layers.attention.linear.gdn_backend.GDNAttnBackend"
+    HookRegistry.register(backend, WindowStates, HookType.REPLACE)
+    overlap = "sglang.srt.mem_cache.memory_pool.conv_window_dedup_enabled"
+    HookRegistry.register(overlap, keep_windows_apart, HookType.AROUND)
     HookRegistry.apply_hooks()

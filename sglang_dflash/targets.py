@@ -15,6 +15,8 @@ KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16"}  # those of --kv-cache-
 FP8 = "fp8_e4m3"  # and what the draft's is not then, which keeps the model's
 # Methods that quantise the embedding or the head whatever the checkpoint's config says.
 QUANTISED_TABLES = ("gguf", "expert_pack")
+# Models of text whose linear layers are gated delta nets of one kind; other models that have some differ around them.
+DELTA_NETS = ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
 _TABLE = re.compile(r"(^|\.)(lm_head|embed_tokens)\.(?!weight$|bias$)")
 
 
@@ -72,6 +74,9 @@ def _needs(model_config: Any, kv_cache_dtype: str) -> Iterator[tuple[Need, str]]
         yield Need.WINDOWS, f"the target, {architecture}, has layers with a sliding window"
     if model_config.has_attention_sinks:
         yield Need.SINKS, f"the target, {architecture}, has attention sinks"
+    if architecture in DELTA_NETS:
+        yield Need.DELTA_NETS, f"the target, {architecture}, has gated delta nets"
+        kinds.discard("linear_attention")
     if other := sorted(kinds - {"full_attention", "sliding_attention"}):
         yield Need.OTHER_LAYERS, f"the target, {architecture}, has layers of {other[0]}"
     if kv_cache_dtype == FP8:
@@ -86,7 +91,8 @@ def _unserved_layers(model_config: Any) -> Iterator[str]:
     architecture = model_config.hf_config.architectures[0]
     if model_config.attention_arch == AttentionArch.MLA:
         yield f"the target, {architecture}, has multi-head latent attention"
-    if model_config.attention_arch == AttentionArch.SSM or mambaish_config(model_config) is not None:
+    keeps_state = model_config.attention_arch == AttentionArch.SSM or mambaish_config(model_config) is not None
+    if keeps_state and architecture not in DELTA_NETS:
         yield f"the target, {architecture}, has layers that keep a state (Mamba, linear attention, convolutions)"
     if model_config.is_hybrid_swa and model_config.is_hybrid_swa_compress:
         yield f"the target, {architecture}, has sliding layers whose keys are of another shape"

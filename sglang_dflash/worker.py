@@ -15,13 +15,19 @@ from typing import Any
 import torch
 from sglang.kernels.fused_op import set_fused_op_backend
 from sglang.kernels.spec import KernelBackend
+from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.runtime_context import get_exec, get_observability
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
-from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
+from sglang.srt.speculative.spec_utils import (
+    commit_mamba_states_after_verify,
+    draft_pp_context,
+    draft_tp_context,
+    prepare_mamba_track_for_verify,
+)
 from torch import Tensor
 
 from sglang_dflash import kernels
@@ -68,6 +74,7 @@ class DFlashWorker(BaseSpecWorker):
         largest = self.options.largest
         # What SGLang's gauges tell.
         self.speculative_num_steps, self.speculative_num_draft_tokens = largest.depth, largest.verified
+        self.keeps_states = mambaish_config(self.target.model_config) is not None
         self.penalties = Penalties()
         metrics = get_observability().enable_metrics and ranks.is_first()
         self.metrics = step_metrics(self.options, server_args, metrics)
@@ -88,6 +95,8 @@ class DFlashWorker(BaseSpecWorker):
             super().init_attention_backends()
         self.draft.bind_pools()
         self._target_pools = rows_of(self.target.token_to_kv_pool)
+        if states := getattr(self.target.attn_backend, "linear_attn_backend", None):
+            states.chains = self.options.chain
         requests, on_gpu = len(self.target.req_to_token_pool.req_to_token), self.target.device == "cuda"
         self.planner = Planner(self.options, requests, on_gpu, self.metrics)
 
@@ -185,6 +194,8 @@ class DFlashWorker(BaseSpecWorker):
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
         commit(window, tree, walked, features, self._target_pools, self.draft)
+        if self.keeps_states:
+            self._commit_states(batch, walked, tree.tokens.shape[1])
         step.clock.done()
         return StepResult(
             logits_output=output,
@@ -208,6 +219,7 @@ class DFlashWorker(BaseSpecWorker):
         batch.spec_info = spec_info
         batch.seq_lens_cpu = window.host_lens
         batch.seq_lens_sum = None
+        prepare_mamba_track_for_verify(batch)
         forward_batch = ForwardBatch.init_new(
             batch,
             self.target,
@@ -220,6 +232,11 @@ class DFlashWorker(BaseSpecWorker):
             batch=None, forward_batch=forward_batch, is_verify=True
         )
         return verified, spec_info.positions
+
+    def _commit_states(self, batch: Any, walked: Walk, width: int) -> None:
+        """In layers that keep one: the state behind the last walked node, and what the prefix cache keeps before."""
+        rows = _walked_rows(walked, width)
+        commit_mamba_states_after_verify(self._target_worker, batch, walked.lens, rows, draft_token_num=width)
 
     def _sample_and_walk(
         self,

@@ -370,7 +370,7 @@ def make_target(tmp_path: Path) -> Callable[..., str]:
     [
         ({}, {}, ""),
         (NEMOTRON, {}, "NemotronHForCausalLM, has layers that keep a state"),
-        (QWEN, {}, "Qwen3NextForCausalLM, has layers that keep a state"),
+        (QWEN, {}, "Qwen3NextForCausalLM, has gated delta nets, which window passes of fa3 do not serve here yet"),
         (FALCON, {}, "FalconH1ForCausalLM, has layers that keep a state"),
         (GPT_OSS, {}, "GptOssForCausalLM, has layers with a sliding window, which window passes of fa3 do not serve"),
         (MUSE, {}, "MuseGlimmerForCausalLM, has layers with a sliding window, which window passes of fa3 do not serve"),
@@ -407,6 +407,35 @@ def test_what_no_window_pass_serves_of_a_target(
 )
 def test_a_plain_cpu_serves_less(pair: embedded.Pair, arguments: dict[str, Any], told: str) -> None:
     assert told in reason(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({}, ""),
+        ({"mamba_radix_cache_strategy": "extra_buffer"}, ""),
+        ({"mamba_radix_cache_strategy": "no_buffer"}, "--mamba-radix-cache-strategy no_buffer: give extra_buffer"),
+        ({"mamba_radix_cache_strategy": "extra_buffer_lazy"}, "extra_buffer_lazy: give extra_buffer"),
+        ({"mamba_radix_cache_strategy": "no_buffer", "disable_radix_cache": True}, ""),
+        ({"tp_size": 2}, "has gated delta nets, and --tp-size 2 is more than one"),
+        ({"enable_streaming_session": True}, "has gated delta nets, and --enable-streaming-session is asked for"),
+        ({"enable_hierarchical_cache": True}, "has gated delta nets, and --enable-hierarchical-cache is asked for"),
+    ],
+)
+def test_a_plain_cpu_serves_gated_delta_nets_whose_states_are_of_the_last_token(
+    pair: embedded.Pair, make_target: Callable[..., str], arguments: dict[str, Any], told: str
+) -> None:
+    got = reason(target=make_target(**QWEN), **arguments)
+    assert told in got if told else got == ""
+
+
+def test_where_nodes_cost_states_fewer_are_drafted_unless_more_are_asked_for(
+    pair: embedded.Pair, make_target: Callable[..., str]
+) -> None:
+    given = {"model_path": make_target(**QWEN), "speculative_draft_model_path": str(embedded.DRAFT)}
+    assert options_of(ServerArgs(**given)).largest.nodes == 7
+    assert options_of(ServerArgs(**given, speculative_num_draft_tokens=15)).largest.nodes == 15
+    assert options_of(ServerArgs(**{**given, "model_path": str(pair.target)})).largest.nodes == 31
 
 
 def test_a_plain_cpu_serves_sliding_targets_from_one_pool(

@@ -114,6 +114,17 @@ def test_accept_rates_of_tokenizer_workers_are_over_the_positions_of_a_path_too(
     assert run(TOKENIZER_WORKER, pickle.dumps(given).hex()) == "dict 500 60"  # ten steps of six positions
 
 
+@pytest.mark.parametrize("has_delta_nets", [True, False])
+def test_delta_nets_are_in_plain_torch_where_a_model_has_some(
+    registry: list[str], monkeypatch: pytest.MonkeyPatch, has_delta_nets: bool
+) -> None:
+    runner = SimpleNamespace(model_config=object())
+    found = {runner.model_config: "its config"} if has_delta_nets else {}
+    monkeypatch.setattr("sglang.srt.configs.hybrid_arch.hybrid_gdn_config", found.get)
+    plugin._serve_states(runner, "attention")
+    assert any(target.endswith(".GDNAttnBackend") for target in registry) == has_delta_nets
+
+
 @pytest.mark.parametrize("algorithm", ["EAGLE", "NGRAM", "STANDALONE"])
 def test_another_algorithm_gets_sglangs_worker(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> str:

@@ -110,9 +110,11 @@ class PlainAttnBackend(AttentionBackend):
                 f"attention backend {PLAIN_ATTENTION} has no multi-head latent attention (MLA), which this model "
                 "uses; serve it with another backend of an accelerator, or with SGLANG_USE_CPU_ENGINE=1"
             )
-        self.req_to_token = model_runner.req_to_token_pool.req_to_token
-        self.kv_pool = model_runner.token_to_kv_pool
-        self.swa_pool = self.kv_pool if isinstance(self.kv_pool, SWAKVPool) else None
+        self.req_to_token_pool = model_runner.req_to_token_pool  # these three: for a backend around this one
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.kv_index_translator = model_runner.kv_index_translator
+        self.req_to_token = self.req_to_token_pool.req_to_token
+        self.swa_pool = self.token_to_kv_pool if isinstance(self.token_to_kv_pool, SWAKVPool) else None
         self.kernel = _sdpa_on(self.req_to_token.device)
         self.spans: list[Span] = []
         self.write_loc: KVWriteLoc | None = None
@@ -223,9 +225,9 @@ class PlainAttnBackend(AttentionBackend):
             asked = "cross-attention" if layer.is_cross_attention else ", ".join(sorted(kwargs))
             raise ValueError(f"attention backend {PLAIN_ATTENTION} does not serve {asked} (layer {layer.layer_id})")
         if save_kv_cache and k is not None:
-            self.kv_pool.set_kv_buffer(layer, self.write_loc, k, v)
-        keys = self.kv_pool.get_key_buffer(layer.layer_id)
-        values = self.kv_pool.get_value_buffer(layer.layer_id)
+            self.token_to_kv_pool.set_kv_buffer(layer, self.write_loc, k, v)
+        keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         in_swa = self.swa_pool is not None and self.swa_pool.layers_mapping[layer.layer_id][1]
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         with self.kernel():

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.draft_parallel import model_draft_parallel_spec, resolve_draft_parallel_layout
@@ -201,7 +201,12 @@ class KnownNoise:
 
 
 def rows_of(pool: Any) -> Pools:
-    """A KV pool's layers, keys then values, for kernels that move rows. Raises ValueError for another kind of pool."""
+    """A KV pool's layers, keys then values, for kernels that move rows. Raises ValueError for another kind of pool.
+
+    Of a pool beside layers that keep a state, those layers that have keys.
+    """
+    if isinstance(pool, HybridLinearKVPool):
+        pool = pool.full_kv_pool
     if not isinstance(pool, MHATokenToKVPool) or pool.kv_cache_layout != "nhd":
         raise ValueError(
             f"DFLASH moves rows [heads, size] of a KV pool, and this server's is a {type(pool).__name__} of layout "

@@ -40,6 +40,14 @@ def test_a_layer_runs_on_its_packed_weight() -> None:
     torch.testing.assert_close(model.layer(x)[0], plain, rtol=1e-5, atol=1e-4)
 
 
+def test_a_convolution_s_weights_stay_as_they_are() -> None:
+    """SGLang keeps those of gated delta nets in a linear layer."""
+    model = make_model()
+    before, model.layer.weight.data = model.layer.quant_method, torch.randn(96, 1, 4)
+    pack_linear_layers(model)
+    assert model.layer.quant_method is before
+
+
 def test_new_weights_are_packed_again() -> None:
     model, x = make_model(), torch.randn(5, 48)
     pack_linear_layers(model)

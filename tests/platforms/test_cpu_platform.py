@@ -32,6 +32,13 @@ def test_a_device_that_nobody_names_is_the_cpu() -> None:
     assert hook(torch.get_device_module, "cuda") is torch.cuda
 
 
+def test_no_memory_is_pinned() -> None:
+    """Torch built for CUDA asks a driver for it."""
+    hook, kind = HOOKS["torch.Tensor.pin_memory"]
+    tensor = torch.ones(2)
+    assert kind == HookType.AROUND and hook(torch.Tensor.pin_memory, tensor) is tensor
+
+
 def test_active_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     on_machine_with(None, monkeypatch)
     assert cpu.activate() == "sglang_dflash.platforms.cpu.platform.PlainCpuPlatform"

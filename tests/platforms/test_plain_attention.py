@@ -72,6 +72,7 @@ class World:
             use_mla_backend=False,
             req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
             token_to_kv_pool=self.pool,
+            kv_index_translator=None,
         )
         backend = PlainAttnBackend(runner)
         backend.reach = reach

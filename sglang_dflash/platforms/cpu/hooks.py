@@ -60,9 +60,15 @@ def device_module(original: Callable[[Any], Any], device: Any = None) -> Any:
     return original("cpu" if device is None else device)
 
 
+def pin_memory(original: Callable[..., Tensor], tensor: Tensor, *device: Any) -> Tensor:
+    """All memory is where it is needed: SGLang pins what it copies to a device, in places without asking for one."""
+    return tensor
+
+
 HOOKS: dict[str, tuple[Callable[..., Any], HookType]] = {
     "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": (assign_slots, HookType.REPLACE),
     "sglang.srt.mem_cache.allocation.get_last_loc": (last_slots, HookType.REPLACE),
     "sglang.srt.entrypoints.engine._set_envs_and_config": (fork_processes, HookType.AFTER),
     "torch.get_device_module": (device_module, HookType.AROUND),
+    "torch.Tensor.pin_memory": (pin_memory, HookType.AROUND),
 }

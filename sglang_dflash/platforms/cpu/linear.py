@@ -81,5 +81,5 @@ def pack_linear_layers(model: torch.nn.Module) -> None:
 
 
 def _runs(layer: torch.nn.Module, method: type) -> bool:
-    """Whether the layer runs this very method, on a weight of a type that is worth packing."""
-    return type(layer.quant_method) is method and layer.weight.dtype in PACKED_FROM
+    """Whether the layer runs this very method, on a matrix of a type that is worth packing (a convolution has none)."""
+    return type(layer.quant_method) is method and layer.weight.dtype in PACKED_FROM and layer.weight.ndim == 2

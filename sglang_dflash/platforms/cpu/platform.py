@@ -76,6 +76,8 @@ class PlainCpuPlatform(SRTPlatform):
             server_args.attention_backend = PLAIN_ATTENTION
         if server_args.dtype == "auto":
             server_args.dtype = "float32"
+        if server_args.dtype in ("float32", "float"):  # of layers with a state what they keep is of 16 bits by default
+            os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
         if server_args.mem_fraction_static is None:
             server_args.mem_fraction_static = DEFAULT_MEM_FRACTION
         if server_args.max_running_requests is None:
@@ -110,6 +112,9 @@ class PlainCpuPlatform(SRTPlatform):
         from sglang_dflash.platforms.cpu.memory import CpuKVPool
 
         return CpuKVPool
+
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        return True
 
     def init_backend(self) -> None:
         from sglang_dflash.platforms.cpu.rope import register_rope

@@ -28,6 +28,12 @@ def is_narrow(width: int, heads: int, kv_heads: int) -> bool:
     return width * (heads // kv_heads) <= NARROW
 
 
+def parts_of(backend: Any) -> list[Any]:
+    """SGLang's two backends of a model some of whose layers keep a state, attention's first; or the only one."""
+    parts: list[Any] = getattr(backend, "attn_backend_list", [backend])
+    return parts
+
+
 def attention_backend(asked: Any, dtype: str) -> str:
     """Which attention backend serves target and draft at this --dtype: FlashAttention-3, or FlashInfer if that is asked
     for. Both take 16 bits only.

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from sglang_dflash import kernels
 from sglang_dflash.kernels.attention import Sight
+from sglang_dflash.platforms.cuda import parts_of
 from sglang_dflash.platforms.sight import sight_of
 
 
 def capture_each_way(capture: Callable[[Any], None], runner: Any) -> None:
     """Around SGLang's capture of a runner's CUDA graphs: where a window pass has two ways, graphs of both."""
-    if isinstance(runner.attn_backend, WindowAttention):
-        runner.attention_graph_variants = runner.attn_backend.ways(runner.captured_req_width)
+    backend = parts_of(runner.attn_backend)[0]
+    if isinstance(backend, WindowAttention):
+        runner.attention_graph_variants = backend.ways(runner.captured_req_width)
     capture(runner)
 
 

@@ -13,6 +13,8 @@ from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.runtime_context import get_exec
 
+from sglang_dflash.platforms.cuda import parts_of
+
 # Batch sizes that graphs are captured for: a batch is padded to the next one.
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, *range(16, 32, 4), *range(32, 64, 8), *range(64, 128, 16), *range(128, 513, 32))
 TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of them
@@ -48,7 +50,8 @@ class WindowGraphs:
     def __init__(self, model_runner: Any) -> None:
         graph = get_exec().graph
         sizes = _sizes_by_width(model_runner)
-        model_runner.attn_backend.make_room({width: max(batches) for width, batches in sizes.items()})
+        for backend in parts_of(model_runner.attn_backend):
+            backend.make_room({width: max(batches) for width, batches in sizes.items()})
         self._runners: dict[int, DecodeCudaGraphRunner] = {}
         for width, batches in sizes.items():
             config = with_phase(graph.cuda_graph_config, Phase.DECODE, bs=batches, max_bs=max(batches))
