@@ -30,8 +30,7 @@ def is_narrow(width: int, heads: int, kv_heads: int) -> bool:
 
 def parts_of(backend: Any) -> list[Any]:
     """SGLang's two backends of a model some of whose layers keep a state, attention's first; or the only one."""
-    parts: list[Any] = getattr(backend, "attn_backend_list", [backend])
-    return parts
+    return getattr(backend, "attn_backend_list", None) or [backend]
 
 
 def attention_backend(asked: Any, dtype: str) -> str:
