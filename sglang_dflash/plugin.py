@@ -152,7 +152,6 @@ def _take_over() -> None:
         f"{managers}.schedule_batch.ScheduleBatch._new_tokens_required_next_decode_spec_v2": carry.new_tokens_required,
         f"{managers}.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._resolve_spec_v2_tokens":
             results.settle_runs,
-        f"{managers}.scheduler.Scheduler.is_disable_overlap_for_batch": results.first_token_first,
         f"{managers}.scheduler_components.metrics_reporter.SchedulerMetricsReporter.update_spec_metrics":
             results.count_live,
         f"{managers}.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats":

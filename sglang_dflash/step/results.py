@@ -61,21 +61,6 @@ def settle_runs(
     return runs
 
 
-def first_token_first(original: Callable[..., bool], scheduler: Any, batch: Any, last_batch: Any) -> bool:
-    """Around SGLang's choice to process the last batch's results before it launches the next: those of a prefill that
-    the GPU has done, with a step to come.
-
-    A step takes the host milliseconds to launch, which a first token would wait for. The GPU has nothing to do
-    meanwhile either way, and is kept no longer than the processing takes.
-    """
-    if original(scheduler, batch, last_batch=last_batch):
-        return True
-    if not (batch and last_batch and last_batch.forward_mode.is_extend_without_speculative()):
-        return False
-    copied = scheduler.result_queue[0][1].copy_done
-    return batch.forward_mode.is_decode() and copied is not None and copied.query()
-
-
 def count_live(
     original: Callable[..., None], reporter: Any, bs: int, num_correct_drafts: int, num_accept_tokens: int, **more: int
 ) -> None:

@@ -18,7 +18,7 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sglang_dflash import embedded
-from sglang_dflash.step.results import StepResult, count_live, emitted, first_token_first, settle_runs
+from sglang_dflash.step.results import StepResult, count_live, emitted, settle_runs
 
 TEXT = "Take 3 apples a day.\nThen add: 4 + 5 = 9.\n\nAnd stop, please; or go on (as you like)."
 
@@ -164,27 +164,3 @@ def test_a_step_whose_grammar_breaks_counts_and_keeps_nothing(tokenizer: PreTrai
 def as_sglang_reads(processor: Any, result: Any, batch: Any) -> list[list[int]]:
     result.num_correct_drafts = int((result.accept_lens - 1).sum())
     return list(result.grammar_retained_tokens)
-
-
-@pytest.mark.parametrize(
-    ("last", "now", "done", "first"),
-    [
-        (ForwardMode.EXTEND, ForwardMode.DECODE, True, True),
-        (ForwardMode.MIXED, ForwardMode.DECODE, True, True),
-        (ForwardMode.EXTEND, ForwardMode.DECODE, False, False),  # the GPU is at it: launch what follows
-        (ForwardMode.EXTEND, ForwardMode.DECODE, None, False),  # no overlap, no copy
-        (ForwardMode.EXTEND, ForwardMode.EXTEND, True, False),
-        (ForwardMode.TARGET_VERIFY, ForwardMode.DECODE, True, False),
-        (ForwardMode.EXTEND, None, True, False),
-        (None, ForwardMode.DECODE, True, False),
-    ],
-)
-def test_a_first_token_that_is_there_does_not_wait_for_a_launch(
-    last: ForwardMode | None, now: ForwardMode | None, done: bool | None, first: bool
-) -> None:
-    copied = None if done is None else SimpleNamespace(query=lambda: done)
-    scheduler = SimpleNamespace(result_queue=[(None, SimpleNamespace(copy_done=copied))])
-    batch, before = (mode and SimpleNamespace(forward_mode=mode) for mode in (now, last))
-    sglangs = lambda scheduler, batch, last_batch: False  # noqa: E731
-    assert first_token_first(sglangs, scheduler, batch, last_batch=before) is first
-    assert first_token_first(lambda *_, last_batch: True, scheduler, batch, last_batch=before) is True
