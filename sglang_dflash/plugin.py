@@ -36,8 +36,7 @@ def register() -> None:
     if cpu.activate():
         from sglang_dflash.platforms.cpu.hooks import HOOKS
 
-        for target, (hook, kind) in HOOKS.items():
-            HookRegistry.register(target, hook, kind)
+        _register(HOOKS)
     HookRegistry.register(
         "sglang.srt.server_args.ServerArgs.resolve_once", _before_resolving, HookType.BEFORE
     )
@@ -75,9 +74,13 @@ def _serve_states(runner: Any, full_attn_backend: Any) -> None:
         return
     from sglang_dflash.platforms.cpu.gdn import HOOKS
 
-    for target, (hook, kind) in HOOKS.items():
-        HookRegistry.register(target, hook, kind)
+    _register(HOOKS)
     HookRegistry.apply_hooks()
+
+
+def _register(hooks: dict[str, tuple[Any, HookType]]) -> None:
+    for target, (hook, kind) in hooks.items():
+        HookRegistry.register(target, hook, kind)
 
 
 def _settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:

@@ -108,6 +108,15 @@ def ancestor_mask(parents: Tensor, max_depth: int) -> Tensor:
     return mask.scatter_(2, above, True)
 
 
+def parents_of(mask: Tensor) -> Tensor:
+    """Each node's parent, the root its own, [bs, w] int64: `ancestor_mask` the other way.
+
+    mask [bs, w, w] bool, parents before their children: a node's last ancestor is its parent.
+    """
+    index = torch.arange(mask.shape[1], device=mask.device)
+    return (mask & (index < index[:, None])).mul(index).amax(-1)
+
+
 def walk(
     tokens: Tensor, parents: Tensor, mask: Tensor, sampled: Tensor, limit: Tensor | None, d: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -74,13 +74,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
             (_compiled, _compiled_soft) if hidden.is_cuda else (_loss_and_gradient, _soft_loss_and_gradient)
         )
         losses, gradients = [], []
+        of_soft = () if soft is None else (soft.share, soft.variation)
+        weights = [torch.full((), x, device=head.device) for x in of_soft]
         for at in range(0, len(hidden), ROWS):
             rows = slice(at, at + ROWS)
             logits = hidden[rows] @ head.T
             if soft is None:
                 loss, gradient = hard(logits, gold[rows])
             else:
-                weights = [torch.full((), x, device=head.device) for x in (soft.share, soft.variation)]
                 loss, gradient = softly(logits, gold[rows], soft.states[rows] @ head.T, *weights)
             losses.append(loss)
             gradients.append(gradient @ head)

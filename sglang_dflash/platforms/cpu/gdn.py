@@ -21,6 +21,8 @@ from sglang.srt.plugins.hook_registry import HookType
 from torch import Tensor
 from torch.nn import functional as F
 
+from sglang_dflash.kernels.tree import parents_of
+
 CHUNK = 64  # tokens; also the grid of the states that SGLang's prefix cache keeps
 
 # Of windows, what a layer is given: inputs [windows, w, channels] of the convolution; a, b [windows, w, heads], which
@@ -43,8 +45,7 @@ class Paths:
     def of(cls, seen: Tensor, kernel: int) -> Paths:
         b, w, _ = seen.shape
         index, kept = torch.arange(w), kernel - 1
-        parents = (seen & (index < index[:, None])).mul(index).amax(-1)
-        before = torch.cat([torch.arange(-1, kept - 1).expand(b, -1), parents + kept], 1)
+        before = torch.cat([torch.arange(-1, kept - 1).expand(b, -1), parents_of(seen) + kept], 1)
         before[:, kept] = kept - 1  # the root comes behind what was kept
         line = [(index + kept).expand(b, -1)]
         for _ in range(kept):

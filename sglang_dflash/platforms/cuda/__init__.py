@@ -33,6 +33,12 @@ def parts_of(backend: Any) -> list[Any]:
     return getattr(backend, "attn_backend_list", None) or [backend]
 
 
+def check_room(requests: int, room: int) -> None:
+    """Raise ValueError where graphs of so many requests would read tables made for fewer."""
+    if room < requests:
+        raise ValueError(f"graphs of {requests} requests need tables of as many, and room was made for {room}")
+
+
 def attention_backend(asked: Any, dtype: str) -> str:
     """Which attention backend serves target and draft at this --dtype: FlashAttention-3, or FlashInfer if that is asked
     for. Both take 16 bits only.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sglang_dflash import kernels
 from sglang_dflash.kernels.attention import Sight
-from sglang_dflash.platforms.cuda import parts_of
+from sglang_dflash.platforms.cuda import check_room, parts_of
 from sglang_dflash.platforms.sight import sight_of
 
 
@@ -64,9 +64,7 @@ class WindowAttention(AttentionBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Asked by the graph runner of each width; new tables would leave the graphs before it without theirs."""
-        room = self._graph_masks[max_num_tokens // max_bs]
-        if len(room) < max_bs:
-            raise ValueError(f"graphs of {max_bs} requests need tables of as many, and room was made for {len(room)}")
+        check_room(max_bs, len(self._graph_masks[max_num_tokens // max_bs]))
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)

@@ -13,6 +13,9 @@ import torch
 from sglang.srt.layers.attention.linear.gdn_backend import GDNAttnBackend
 from torch import Tensor
 
+from sglang_dflash.kernels.tree import parents_of
+from sglang_dflash.platforms.cuda import check_room
+
 # What SGLang's backend makes for graphs of one width.
 _TABLES = (
     "mamba_track_indices_buf",
@@ -33,8 +36,7 @@ def links(seen: Tensor) -> tuple[Tensor, Tensor]:
     """
     w = seen.shape[1]
     index = torch.arange(w, device=seen.device)
-    parents = (seen & (index < index[:, None])).mul(index).amax(-1)
-    drafted = index > 0
+    parents, drafted = parents_of(seen), index > 0
     child = (parents[:, None] == index[:, None]) & drafted
     sibling = (parents[:, None] == parents[..., None]) & (index > index[:, None]) & drafted[:, None]
     next_child, next_sibling = (torch.where(found, index, w).amin(-1) for found in (child, sibling))
@@ -65,9 +67,7 @@ class WindowStates(GDNAttnBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Asked by the graph runner of each width; room is made by then."""
-        room = len(self._tables[max_num_tokens // max_bs]["state_indices_list"])
-        if room < max_bs:
-            raise ValueError(f"graphs of {max_bs} requests need tables of as many, and room was made for {room}")
+        check_room(max_bs, len(self._tables[max_num_tokens // max_bs]["state_indices_list"]))
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         self._follow(forward_batch)
