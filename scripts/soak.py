@@ -512,7 +512,10 @@ async def soak(
             stuck = stuck or "Timeout" in reply.error
             tally.add(ask, reply, *judge(ask, reply, truths, tie))
 
-        aside = [asyncio.create_task(interfere(client, tally, seed)), asyncio.create_task(tell(tally, out, head))]
+        aside = [
+            asyncio.create_task(task)
+            for task in (interfere(client, tally, seed, concurrency), tell(tally, out, head))
+        ]
         try:
             await asyncio.gather(*map(one, asks))
         finally:
@@ -522,15 +525,15 @@ async def soak(
             await command(client, tally, "/continue_generation", {})  # wherever the pause was cut off
 
 
-async def interfere(client: Client, tally: Tally, seed: int) -> None:
+async def interfere(client: Client, tally: Tally, seed: int, concurrency: int) -> None:
     """Pause the server and flush its cache now and then. Not the cache behind an open session: its turns live there.
 
-    Every few answers, however fast the machine: a retraction undoes work, and a slow server paused by the clock would
-    not get on.
+    Every few answers, however fast the machine, and as often in a request's life however many there are at once: a
+    retraction undoes the work of all, and a slow server paused by the clock would not get on.
     """
     rng, due = random.Random(seed + 1), 0
     while True:
-        due += rng.randint(2, 16)
+        due += rng.randint(2, 16) * max(1, concurrency // 32)
         while sum(tally.verdicts.values()) < due:
             await asyncio.sleep(0.1)
         if rng.random() < 0.5:

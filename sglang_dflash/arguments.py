@@ -297,9 +297,28 @@ def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
     if backend == PLAIN_ATTENTION:
         for phase in Phase.ALL:  # no graph can hold this backend, which asks the device for lengths
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
+    elif backend == cuda.FAST_ATTENTION and _prefills_in_one_launch(server_args):
+        graphs = with_phase(graphs, Phase.PREFILL, backend=Backend.FULL)
     # A draft reads the target's features: of its own type, which "auto" would give it, it could not.
     dtype = _target(server_args).dtype if view.dtype == "auto" else view.dtype
     return {"attention_backend": backend, "cuda_graph_config": graphs, "dtype": dtype}
+
+
+def _prefills_in_one_launch(server_args: Any) -> bool:
+    """Whether a prompt's pass is one CUDA graph. SGLang by itself launches a graph a layer, and attention between them,
+    and decoding waits for its host.
+
+    For what has been measured, and where the user says nothing else: plain attention in 16 bits, prompts apart from
+    decoding requests, of whom one graph could not hold enough.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
+
+    view, target = resolving_view(server_args), _target(server_args)
+    if (Phase.PREFILL, "backend") in server_args._cuda_graph_config_locked or view.enable_mixed_chunk:
+        return False
+    usual = view.cuda_graph_config.prefill.backend == Backend.BREAKABLE
+    return bool(usual and not (target.needs or target.quantization or view.enable_lora))
 
 
 def _check_attention(server_args: Any) -> None:

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from sglang.srt.arg_groups import speculative_hook
 from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
-from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.arg_groups.serving_hook import handle_missing_default_values
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
@@ -370,7 +371,8 @@ def make_target(tmp_path: Path) -> Callable[..., str]:
     [
         ({}, {}, ""),
         (NEMOTRON, {}, "NemotronHForCausalLM, has layers that keep a state"),
-        (QWEN, {}, "Qwen3NextForCausalLM, has gated delta nets, which window passes of fa3 do not serve here yet"),
+        (QWEN, {}, ""),
+        (QWEN, {"dtype": "float32"}, "has gated delta nets, which window passes of plain_torch do not serve here yet"),
         (FALCON, {}, "FalconH1ForCausalLM, has layers that keep a state"),
         (GPT_OSS, {}, "GptOssForCausalLM, has layers with a sliding window, which window passes of fa3 do not serve"),
         (MUSE, {}, "MuseGlimmerForCausalLM, has layers with a sliding window, which window passes of fa3 do not serve"),
@@ -475,10 +477,14 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def settle(**arguments: Any) -> Any:
     """What SGLang knows once DFLASH's arguments are settled; on its way there it chose graphs and a backend itself."""
     args = ServerArgs(model_path=str(embedded.ensure().target), speculative_draft_model_path=str(embedded.DRAFT))
-    for name, value in {"cuda_graph_backend_prefill": "breakable", **arguments}.items():
+    for name, value in arguments.items():
         setattr(args, name, value)
     handle_missing_default_values(args)
     parse_cuda_graph_config(args)
+    graphs = resolving_view(args).cuda_graph_config
+    if (Phase.PREFILL, "backend") not in args._cuda_graph_config_locked:  # SGLang's choice there
+        graphs = with_phase(graphs, Phase.PREFILL, backend="breakable")
+    declare_resolution(args, "test", cuda_graph_config=graphs)
     settle_arguments(speculative_hook._resolve_dflash_draft_attention_backend, args)
     return resolving_view(args)
 
@@ -486,8 +492,13 @@ def settle(**arguments: Any) -> Any:
 @pytest.mark.parametrize(
     ("asked", "backend", "decode", "prefill"),
     [
-        ({"dtype": "auto"}, "fa3", "full", "breakable"),
-        ({"dtype": "bfloat16"}, "fa3", "full", "breakable"),
+        ({"dtype": "auto"}, "fa3", "full", "full"),
+        ({"dtype": "bfloat16"}, "fa3", "full", "full"),
+        ({"cuda_graph_backend_prefill": "breakable"}, "fa3", "full", "breakable"),
+        ({"disable_prefill_cuda_graph": True}, "fa3", "full", "disabled"),
+        ({"enable_mixed_chunk": True}, "fa3", "full", "breakable"),
+        ({"enable_lora": True}, "fa3", "full", "breakable"),
+        ({"quantization": "fp8"}, "fa3", "full", "breakable"),
         ({"attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
         ({"kv_cache_dtype": "fp8_e4m3", "attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
         ({"prefill_attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
