@@ -43,6 +43,8 @@ HANDED_OVER = (
     "enable_unified_memory",
     "enable_hisparse",
     "enable_kv_cache_sharding",
+    "encoder_only",
+    "language_only",
 )
 # With layers that keep a state: ways to keep one that is not of the last token that the host took, or not as it was.
 HANDED_OVER_WITH_STATES = (
