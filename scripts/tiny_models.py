@@ -37,7 +37,7 @@ DELTA_NETS = {
 }  # fmt: skip
 PATCH, MERGED = 16, 2  # pixels of a patch's side, and patches of that of a token
 VISION = {
-    "depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": HIDDEN,
+    "depth": 3, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": HIDDEN,
     "patch_size": PATCH, "spatial_merge_size": MERGED, "temporal_patch_size": 2, "num_position_embeddings": 64,
 }  # fmt: skip
 # The last words of the vocabulary; a model never says them.
@@ -110,12 +110,13 @@ def target_with_images(family: Family) -> tuple[dict[str, Any], dict[str, Tensor
         text |= DELTA_NETS | (EXPERTS if family == Family.QWEN3_5_MOE_VL else {})
         text["rope_parameters"] = {**rope, "mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25}
     name = WITH_IMAGES[family]
-    vision = {**VISION, "deepstack_visual_indexes": [0] if family == Family.QWEN3_VL_MOE else []}
+    vision = {**VISION, "deepstack_visual_indexes": [0, 1, 2] if family == Family.QWEN3_VL_MOE else []}
     config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, **PLACES)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
     raw = {**config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
     raw["text_config"]["full_attention_interval"] = LAYERS
-    tensors = random_weights(one_by_one({name: tuple(t.shape) for name, t in model.state_dict().items()}))
+    as_saved = turned if family == Family.QWEN3_VL_MOE else one_by_one
+    tensors = random_weights(as_saved({name: tuple(t.shape) for name, t in model.state_dict().items()}))
     tensors["lm_head.weight"][min(PLACES.values()) :] = 0
     return raw, tensors
 
@@ -151,6 +152,13 @@ def one_by_one(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]
         rows = shape[1] // len(parts)
         apart |= {f"{layer}.experts.{e}.{part}.weight": (rows, shape[2]) for e in range(shape[0]) for part in parts}
     return apart
+
+
+def turned(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Experts as those of Qwen3-VL have them: a layer's together, each matrix transposed."""
+    return {
+        name: (shape[0], shape[2], shape[1]) if ".experts." in name else shape for name, shape in shapes.items()
+    }
 
 
 def sliding_target() -> tuple[dict[str, Any], dict[str, Tensor]]:

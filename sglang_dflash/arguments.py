@@ -295,13 +295,16 @@ def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
 
     view = resolving_view(server_args)
     backend = cuda.attention_backend(server_args, view.dtype)
-    graphs = view.cuda_graph_config
+    graphs, vision = view.cuda_graph_config, view.mm_attention_backend
     if backend == PLAIN_ATTENTION:
+        vision = vision or "sdpa"  # SGLang's default for a vision tower takes 16 bits only, as for the model beside it
         for phase in Phase.ALL:  # no graph can hold this backend, which asks the device for lengths
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
     # A draft reads the target's features: of its own type, which "auto" would give it, it could not.
     dtype = _target(server_args).dtype if view.dtype == "auto" else view.dtype
-    return {"attention_backend": backend, "cuda_graph_config": graphs, "dtype": dtype}
+    return {
+        "attention_backend": backend, "mm_attention_backend": vision, "cuda_graph_config": graphs, "dtype": dtype,
+    }  # fmt: skip
 
 
 def _check_attention(server_args: Any) -> None:

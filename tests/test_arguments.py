@@ -540,6 +540,7 @@ def test_what_serves_on_cuda(
 ) -> None:
     settled = settle(**asked)
     assert (settled.attention_backend, settled.speculative_draft_attention_backend) == (backend, backend)
+    assert settled.mm_attention_backend == ("sdpa" if backend == "plain_torch" else None)
     graphs = settled.cuda_graph_config
     assert (graphs.decode.backend, graphs.prefill.backend) == (decode, prefill)
     assert settled.speculative_num_draft_tokens == 32
