@@ -10,6 +10,7 @@ and ours by shared noise: no text is the same, and what a step brings stands sid
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 import time
@@ -55,7 +56,7 @@ def asked(url: str, ids: list[int], temperature: float, tokens: int) -> tuple[li
                 told = json.loads(line[6:])
                 output, count = told["output_ids"], told["meta_info"]["completion_tokens"]
                 ends += [count] if not ends or count > ends[-1] else []
-    return output, [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return output, [b - a for a, b in itertools.pairwise(ends)]
 
 
 def looped(draft: Any, target: Any, ids: list[int], temperature: float, tokens: int) -> tuple[list[int], list[int]]:
@@ -90,8 +91,9 @@ def main(
         draft = zlab.DFlashDraftModel.from_pretrained(folder, dtype=torch.float32).eval()
         torch.manual_seed(0)
         theirs = {t: [looped(draft, model, ids, t, tokens) for ids in questions] for t in (0.0, 1.0)}
-        args = ["--model-path", str(target), "--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", folder]
-        args += f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {block - 1} --speculative-num-steps {block - 1}".split()
+        chain = f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {block - 1} --speculative-num-steps {block - 1}"
+        args = f"--speculative-algorithm DFLASH --speculative-draft-model-path {folder} {chain}".split()
+        args = ["--model-path", str(target), *args]
         with serving("a server of chains", args, Console(stderr=True)) as url:
             ours = {t: [asked(url, ids, t, tokens) for ids in questions] for t in (0.0, 1.0)}
     report = {

@@ -1,11 +1,13 @@
 """Make a tiny random target and a random draft for it, without a download.
 
-    python scripts/tiny_models.py llama|qwen3|qwen3-moe|qwen3-next|qwen3.5|qwen3.5-moe|sliding OUT_TARGET OUT_DRAFT
+    python scripts/tiny_models.py FAMILY OUT_TARGET OUT_DRAFT
 
 What they say means nothing, and a vocabulary of 96 tokens lets some of what is drafted come true: to see that a family
 of targets is served, with drafts of sliding and full layers. Serve them with --skip-tokenizer-init. `sliding` is dense:
 three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer). Of
-`qwen3-next`, `qwen3.5` and `qwen3.5-moe` three layers in four are gated delta nets; the second is dense.
+`qwen3-next`, `qwen3.5` and `qwen3.5-moe` three layers in four are gated delta nets; the second is dense. The families
+with images have a vision tower, positions on three axes, and a processor whose words are t0, t1, ...: `qwen3-vl-moe`,
+and the form that Qwen3.5 is published in, `qwen3.5-vl` and `qwen3.5-moe-vl`.
 """
 
 from __future__ import annotations
@@ -33,6 +35,20 @@ SHAPE = {
 DELTA_NETS = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
 }  # fmt: skip
+PATCH, MERGED = 16, 2  # pixels of a patch's side, and patches of that of a token
+VISION = {
+    "depth": 3, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": HIDDEN,
+    "patch_size": PATCH, "spatial_merge_size": MERGED, "temporal_patch_size": 2, "num_position_embeddings": 64,
+}  # fmt: skip
+# The last words of the vocabulary; a model never says them.
+PLACES = {
+    "vision_start_token_id": VOCAB - 4, "vision_end_token_id": VOCAB - 3, "image_token_id": VOCAB - 2,
+    "video_token_id": VOCAB - 1,
+}  # fmt: skip
+
+
+UNSHARED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+EXPERTS = {**UNSHARED, "shared_expert_intermediate_size": 64}
 
 
 class Family(StrEnum):
@@ -42,7 +58,14 @@ class Family(StrEnum):
     QWEN3_5 = "qwen3.5"
     QWEN3_NEXT = "qwen3-next"
     QWEN3_5_MOE = "qwen3.5-moe"
+    QWEN3_VL_MOE = "qwen3-vl-moe"
+    QWEN3_5_VL = "qwen3.5-vl"
+    QWEN3_5_MOE_VL = "qwen3.5-moe-vl"
     SLIDING = "sliding"
+
+
+# As transformers names their classes.
+WITH_IMAGES = {Family.QWEN3_VL_MOE: "Qwen3VLMoe", Family.QWEN3_5_VL: "Qwen3_5", Family.QWEN3_5_MOE_VL: "Qwen3_5Moe"}
 
 
 def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -59,20 +82,62 @@ def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     if family == Family.SLIDING:
         return sliding_target()
+    if family in WITH_IMAGES:
+        return target_with_images(family)
     shape = {**SHAPE, "num_hidden_layers": LAYERS}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    shared = {**experts, "shared_expert_intermediate_size": 64}
     config = {
         Family.LLAMA: lambda: LlamaConfig(**shape),
         Family.QWEN3: lambda: Qwen3Config(**shape),
-        Family.QWEN3_MOE: lambda: Qwen3MoeConfig(**shape, **experts),
-        Family.QWEN3_NEXT: lambda: Qwen3NextConfig(**shape, **DELTA_NETS, **shared),
-        Family.QWEN3_5_MOE: lambda: Qwen3_5MoeTextConfig(**shape, **DELTA_NETS, **shared),
+        Family.QWEN3_MOE: lambda: Qwen3MoeConfig(**shape, **UNSHARED),
+        Family.QWEN3_NEXT: lambda: Qwen3NextConfig(**shape, **DELTA_NETS, **EXPERTS),
+        Family.QWEN3_5_MOE: lambda: Qwen3_5MoeTextConfig(**shape, **DELTA_NETS, **EXPERTS),
         Family.QWEN3_5: lambda: Qwen3_5TextConfig(**shape, **DELTA_NETS),
     }[family]()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     raw = {**config.to_dict(), "architectures": [type(model).__name__], "full_attention_interval": LAYERS}
     return raw, random_weights(one_by_one({name: tuple(t.shape) for name, t in model.state_dict().items()}))
+
+
+def target_with_images(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same of one whose text model is a part, beside a vision tower."""
+    import transformers
+
+    text: dict[str, Any] = {**SHAPE, "num_hidden_layers": LAYERS}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
+    if family == Family.QWEN3_VL_MOE:
+        text |= UNSHARED | {"rope_parameters": {**rope, "mrope_section": [12, 10, 10]}}
+    else:
+        text |= DELTA_NETS | (EXPERTS if family == Family.QWEN3_5_MOE_VL else {})
+        text["rope_parameters"] = {**rope, "mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25}
+    name = WITH_IMAGES[family]
+    vision = {**VISION, "deepstack_visual_indexes": [0, 1, 2] if family == Family.QWEN3_VL_MOE else []}
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, **PLACES)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    raw = {**config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
+    raw["text_config"]["full_attention_interval"] = LAYERS
+    as_saved = turned if family == Family.QWEN3_VL_MOE else one_by_one
+    tensors = random_weights(as_saved({name: tuple(t.shape) for name, t in model.state_dict().items()}))
+    tensors["lm_head.weight"][min(PLACES.values()) :] = 0
+    return raw, tensors
+
+
+def save_processor(folder: Path) -> None:
+    """What makes tokens of words and images."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    words = [f"t{i}" for i in range(min(PLACES.values()))]
+    places = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words + places)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="t2", pad_token="t2", additional_special_tokens=places
+    )
+    shape = {"patch_size": PATCH, "merge_size": MERGED, "temporal_patch_size": 2}
+    pixels = {"shortest_edge": (PATCH * MERGED) ** 2, "longest_edge": (8 * PATCH * MERGED) ** 2}
+    Qwen3VLProcessor(
+        Qwen2VLImageProcessor(**shape, size=pixels), fast, Qwen3VLVideoProcessor(**shape, size=pixels)
+    ).save_pretrained(folder)
 
 
 def one_by_one(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -87,6 +152,13 @@ def one_by_one(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]
         rows = shape[1] // len(parts)
         apart |= {f"{layer}.experts.{e}.{part}.weight": (rows, shape[2]) for e in range(shape[0]) for part in parts}
     return apart
+
+
+def turned(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Experts as those of Qwen3-VL have them: a layer's together, each matrix transposed."""
+    return {
+        name: (shape[0], shape[2], shape[1]) if ".experts." in name else shape for name, shape in shapes.items()
+    }
 
 
 def sliding_target() -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -145,6 +217,8 @@ def main(
     out_draft: Annotated[Path, typer.Argument(help="Directory of the draft.")],
 ) -> None:
     write(out_target, *target(family))
+    if family in WITH_IMAGES:
+        save_processor(out_target)
     write(out_draft, *draft())
 
 

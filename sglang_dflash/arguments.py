@@ -43,6 +43,8 @@ HANDED_OVER = (
     "enable_unified_memory",
     "enable_hisparse",
     "enable_kv_cache_sharding",
+    "encoder_only",
+    "language_only",
 )
 # With layers that keep a state: ways to keep one that is not of the last token that the host took, or not as it was.
 HANDED_OVER_WITH_STATES = (
@@ -293,15 +295,18 @@ def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
 
     view = resolving_view(server_args)
     backend = cuda.attention_backend(server_args, view.dtype)
-    graphs = view.cuda_graph_config
+    graphs, vision = view.cuda_graph_config, view.mm_attention_backend
     if backend == PLAIN_ATTENTION:
+        vision = vision or "sdpa"  # SGLang's default for a vision tower takes 16 bits only, as for the model beside it
         for phase in Phase.ALL:  # no graph can hold this backend, which asks the device for lengths
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
     elif backend == cuda.FAST_ATTENTION and _prefills_in_one_launch(server_args):
         graphs = with_phase(graphs, Phase.PREFILL, backend=Backend.FULL)
     # A draft reads the target's features: of its own type, which "auto" would give it, it could not.
     dtype = _target(server_args).dtype if view.dtype == "auto" else view.dtype
-    return {"attention_backend": backend, "cuda_graph_config": graphs, "dtype": dtype}
+    return {
+        "attention_backend": backend, "mm_attention_backend": vision, "cuda_graph_config": graphs, "dtype": dtype,
+    }  # fmt: skip
 
 
 def _prefills_in_one_launch(server_args: Any) -> bool:

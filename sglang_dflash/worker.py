@@ -113,13 +113,13 @@ class DFlashWorker(BaseSpecWorker):
 
     def _check_updates(self, server_args: Any) -> None:
         """Put ours in place of SGLang's updaters, which weigh nothing that they are given."""
-        config = self.target.model_config
+        config, model = self.target.model_config, self.target.model
         checkpoint = Checkpoint(config.model_path, config.revision, server_args.download_dir)
         self.target.weight_updater = TargetUpdater.around(
             self.target.weight_updater,
             follow=self.draft.follow_target,
             tensors=checkpoint.shapes_here(),
-            tied=bool(getattr(config.hf_text_config, "tie_word_embeddings", False)),
+            tied=model.lm_head.weight is model.get_input_embeddings().weight,  # configs say it twice, or not at all
         )
         self.draft.runner.weight_updater = DraftUpdater.around(
             self.draft.runner.weight_updater, follow=self.draft.follow_target, config=self.options.draft

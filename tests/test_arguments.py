@@ -23,8 +23,16 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
 from sglang_dflash import embedded
-from sglang_dflash.arguments import _check_shares, _draft_config, options_of, reason_to_hand_over, settle_arguments
+from sglang_dflash.arguments import (
+    _check_shares,
+    _draft_config,
+    _target,
+    options_of,
+    reason_to_hand_over,
+    settle_arguments,
+)
 from sglang_dflash.draft.config import DraftConfig
+from sglang_dflash.platforms import Need
 
 MakeDraft = Callable[..., str]
 
@@ -322,6 +330,26 @@ def test_a_mask_embedding_is_told_to_the_worker_and_checked_before_anything_is_l
 
 NEMOTRON = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "M*-"}
 QWEN = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "full_attention_interval": 4}
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+}  # fmt: skip
+TEXT = {
+    **LINEAR, "hidden_size": 128, "vocab_size": 1000, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 256, "full_attention_interval": 4, "rope_parameters": {"rope_theta": 1e4},
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+}  # fmt: skip
+QWEN_WITH_IMAGES = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "model_type": "qwen3_5",
+    "text_config": {**TEXT, "model_type": "qwen3_5_text"},
+    "vision_config": {"depth": 2, "model_type": "qwen3_5_vision"},
+}
+EXPERTS_WITH_IMAGES = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "model_type": "qwen3_5_moe",
+    "text_config": {**TEXT, "model_type": "qwen3_5_moe_text"},
+    "vision_config": {"depth": 2, "model_type": "qwen3_5_moe_vision"},
+}
 FALCON = {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"}
 GPT_OSS = {
     "architectures": ["GptOssForCausalLM"],
@@ -373,6 +401,7 @@ def make_target(tmp_path: Path) -> Callable[..., str]:
         (NEMOTRON, {}, "NemotronHForCausalLM, has layers that keep a state"),
         (QWEN, {}, ""),
         (QWEN, {"dtype": "float32"}, "has gated delta nets, which window passes of plain_torch do not serve here yet"),
+        (QWEN_WITH_IMAGES, {}, ""),
         (FALCON, {}, "FalconH1ForCausalLM, has layers that keep a state"),
         (GPT_OSS, {}, "GptOssForCausalLM, has layers with a sliding window, which window passes of fa3 do not serve"),
         (MUSE, {}, "MuseGlimmerForCausalLM, has layers with a sliding window, which window passes of fa3 do not serve"),
@@ -409,6 +438,18 @@ def test_what_no_window_pass_serves_of_a_target(
 )
 def test_a_plain_cpu_serves_less(pair: embedded.Pair, arguments: dict[str, Any], told: str) -> None:
     assert told in reason(**arguments)
+
+
+@pytest.mark.parametrize("given", [QWEN_WITH_IMAGES, EXPERTS_WITH_IMAGES])
+def test_of_a_target_with_images_its_text_model_is_read(
+    pair: embedded.Pair, make_target: Callable[..., str], given: dict[str, Any]
+) -> None:
+    """What stands beside it in the config, 576 wide, is not the model that a draft is for."""
+    path = make_target(**given)
+    target = _target(ServerArgs(model_path=path))
+    assert (target.hidden_size, target.vocab_size, target.num_layers, target.head_dim) == (128, 1000, 4, 256)
+    assert [*target.needs] == [Need.DELTA_NETS] and target.unserved == "" == reason(target=path)
+    assert reason(target=path, language_only=True) == "--language-only is asked for"
 
 
 @pytest.mark.parametrize(
@@ -510,6 +551,7 @@ def test_what_serves_on_cuda(
 ) -> None:
     settled = settle(**asked)
     assert (settled.attention_backend, settled.speculative_draft_attention_backend) == (backend, backend)
+    assert settled.mm_attention_backend == ("sdpa" if backend == "plain_torch" else None)
     graphs = settled.cuda_graph_config
     assert (graphs.decode.backend, graphs.prefill.backend) == (decode, prefill)
     assert settled.speculative_num_draft_tokens == 32
