@@ -44,10 +44,10 @@ def in_turn(choose: Any, budget: Any, *batch: Any) -> Any:
     return dataclasses.replace(choose(budget, *batch), shape=in_turn.steps // 2 % len(budget.shapes))  # type: ignore[attr-defined]
 
 
-def written(took: Any, cost: Any, requests: int, shape: int, seconds: float) -> None:
+def written(took: Any, cost: Any, requests: int, shape: int, seconds: float, *of_sort: Any) -> None:
     with open(os.environ[FILE], "a") as file:
         file.write(json.dumps([requests, shape, seconds]) + "\n")
-    took(cost, requests, shape, seconds)
+    took(cost, requests, shape, seconds, *of_sort)
 
 
 def main() -> None:

@@ -189,6 +189,7 @@ class DFlashWorker(BaseSpecWorker):
         features, output.hidden_states = output.hidden_states, None
         if masks is not None:
             masks.apply(output.next_token_logits, grammar_barrier)
+            self.planner.masked(masks)
         walked = self._sample_and_walk(batch, window, output, positions, tree, penalised)
         self.penalties.follow(penalised, lengths, walked.tokens, walked.lens)
         new_lens = window.prefix_lens + walked.lens

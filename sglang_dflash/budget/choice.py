@@ -22,14 +22,15 @@ SAVED = 2.0  # most that is saved for probes, in costs of the best step: after a
 class Choice:
     """A step's shape, by its index, for these requests, and what it is thought to bring.
 
-    requests, kinds [bs]: their numbers and kinds; drafting [bs] bool: those that may accept drafts. tokens: emitted by
-    the whole batch.
+    requests, kinds [bs]: their numbers and kinds; drafting [bs] bool: those that may accept drafts. sort: of the batch,
+    by what a step of it costs. tokens: emitted by the whole batch.
     """
 
     shape: int
     requests: np.ndarray
     kinds: np.ndarray
     drafting: np.ndarray
+    sort: int
     tokens: float
 
 
@@ -39,25 +40,25 @@ class Budget:
     def __init__(self, shapes: Sequence[Shape], requests: int) -> None:
         """shapes: ascending by nodes; the smallest may be taken by any batch. requests: as in `Gain`."""
         self.shapes = shapes
-        self.cost, self.gain = Cost(shapes), Gain(shapes, requests)
+        self.cost, self.gain = Cost(shapes, requests), Gain(shapes, requests)
         self._saved = 0.0
         self._unseen = np.zeros(len(shapes))  # steps since each shape was last taken
 
-    def choose(self, requests: np.ndarray, kinds: np.ndarray, drafting: np.ndarray) -> Choice:
+    def choose(self, requests: np.ndarray, kinds: np.ndarray, drafting: np.ndarray, sort: int = 0) -> Choice:
         """The next step's shape; arguments as in `Choice`."""
         bs = len(requests)
         allowed = np.array([bs <= shape.most for shape in self.shapes])
         tokens = bs + self.gain.expected(requests[drafting]).sum(0)
-        seconds = self.cost.seconds(bs)
+        seconds = self.cost.seconds(bs, sort, self.cost.masks(requests))
         rates = np.where(allowed, tokens / seconds, -np.inf)
         shape = int(rates.argmax())
         self._saved = min(self._saved + PROBES * seconds[shape], SAVED * seconds[shape])
         if drafting.any():
-            unknown = (np.arange(len(self.shapes)) > shape) | self.cost.guessed(bs)
+            unknown = (np.arange(len(self.shapes)) > shape) | self.cost.guessed(bs, sort)
             shape = self._probe(shape, allowed & (self._unseen >= np.where(unknown, *RARE)), rates, seconds)
         self._unseen += 1
         self._unseen[shape] = 0
-        return Choice(shape, requests, kinds, drafting, float(tokens[shape]))
+        return Choice(shape, requests, kinds, drafting, sort, float(tokens[shape]))
 
     def _probe(self, best: int, due: np.ndarray, rates: np.ndarray, seconds: np.ndarray) -> int:
         """Another shape, of those that were long not seen, where what was saved pays for what it loses."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from sglang_dflash.budget.shape import Shape
 
-KINDS = 2  # of requests: greedy, sampled
+KINDS = 4  # of requests: greedy, sampled; each without and with a grammar
 MEMORY = 16  # steps in which a request forgets
 BOLD = 0.25  # most that one step counts
 SERVER = 0.02  # of a request's step in what requests of a kind accept on the whole: a batch of many tells it at once

@@ -1,16 +1,17 @@
 """Penalties and least lengths: how often a request has emitted a token, counted from its own output at every node.
 
-No count is carried from step to step. The host's `output_ids` are the truth: a request that was retracted or prefilled
-again has them, and batches may be merged and filtered as they like. Under overlap they lack what the pass before has
-emitted, and nothing else; that is kept here on the device for one pass, with its place in the sequence, so that what
-the host has learned meanwhile is not counted twice.
+The host's `output_ids` are the truth: a request that was retracted or prefilled again has them, and batches may be
+merged and filtered as they like. A list that has only grown since the last step is counted from there on. Under overlap
+they lack what the pass before has emitted, and nothing else; that is kept here on the device for one pass, with its
+place in the sequence, so that what the host has learned meanwhile is not counted twice.
 
-A penalty changes only logits of tokens that were emitted, so only those are read and written: the work grows with the
-output, not with the vocabulary. Requests without penalties cost nothing.
+A penalty changes only logits of tokens that were emitted, so only those are read and written, each once: the work grows
+with the distinct tokens of the output, not with the vocabulary. Requests without penalties cost nothing.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -49,9 +50,9 @@ class Penalised:
     """What the penalised requests of one batch, P of them, have emitted: with every sample so far, the roots included.
 
     numbers: rows in the batch by SGLang's numbers of requests, on the host; rows [P]: the same rows. owners, tokens
-    [N]: what was emitted, with repetitions, by whom (an index into rows). counts [P, V]. settings [3, P] float32:
-    frequency, presence and repetition penalty. lacking [P]: tokens until an end is allowed. stop_owners, stops [M]:
-    tokens that end a request, of those that lack any.
+    [N]: what was emitted, each token once but for the last pass's, by whom (an index into rows). counts [P, V].
+    settings [3, P] float32: frequency, presence and repetition penalty. lacking [P]: tokens until an end is allowed.
+    stop_owners, stops [M]: tokens that end a request, of those that lack any.
     Tensors are on the logits' device, and int64 where nothing is said; counts int32.
     """
 
@@ -120,11 +121,36 @@ class _Pass:
     lens: Tensor
 
 
+class _Tally:
+    """How often each token stands in an output, which is held: another list may come in its place, and is not it.
+
+    tokens, counts: distinct tokens, as they came first.
+    """
+
+    def __init__(self, output: Any) -> None:
+        self._output, self._read = output, 0
+        self._places: dict[int, int] = {}
+        self.tokens, self.counts = array("q"), array("q")
+
+    def of(self, output: Any) -> _Tally:
+        """The tally of a request's output: this one, brought up to date, or a new one where that is not its growth."""
+        tally = self if output is self._output and len(output) >= self._read else _Tally(output)
+        for token in output[tally._read :]:
+            place = tally._places.setdefault(token, len(tally.tokens))
+            if place == len(tally.tokens):
+                tally.tokens.append(token)
+                tally.counts.append(0)
+            tally.counts[place] += 1
+        tally._read = len(output)
+        return tally
+
+
 class Penalties:
     """What one server's requests have emitted, as far as penalties ask."""
 
     def __init__(self) -> None:
         self._last: _Pass | None = None
+        self._tallies: dict[int, _Tally] = {}  # by SGLang's numbers of requests, of each number's last
 
     def of(self, batch: Any, lengths: Tensor, running: Collection[Any]) -> Penalised | None:
         """The batch's penalised requests, None where there are none.
@@ -171,18 +197,24 @@ class Penalties:
         self._last = _Pass(found.numbers, lengths.clone(), tokens, lens) if found is not None else None
 
     def _output(self, reqs: list[Any], running: set[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Owners and tokens [N] int64, and weights int32: 0 of what was not emitted, or is there already."""
+        """Owners and tokens [N] int64, and how often each was emitted, int32.
+
+        The last pass's tokens come behind, 0 times where they were not emitted, or are counted before.
+        """
+        tallies = [self._tallies.get(req.kv.req_pool_idx, _Tally(None)).of(req.output_ids) for req in reqs]
+        self._tallies.update(zip((req.kv.req_pool_idx for req in reqs), tallies, strict=True))
         last = self._last.rows if self._last else {}
         late = [last.get(req.kv.req_pool_idx) if id(req) in running else None for req in reqs]
-        owners, tokens, late_owners, late_rows, known = _numbers(
+        owners, tokens, counts, late_owners, late_rows, known = _numbers(
             device,
-            np.repeat(np.arange(len(reqs)), [len(req.output_ids) for req in reqs]),
-            np.concatenate([np.array(req.output_ids, dtype=np.int64) for req in reqs]),
+            np.repeat(np.arange(len(reqs)), [len(tally.tokens) for tally in tallies]),
+            np.concatenate([np.array(tally.tokens) for tally in tallies]),
+            np.concatenate([np.array(tally.counts) for tally in tallies]),
             [owner for owner, row in enumerate(late) if row is not None],
             [row for row in late if row is not None],
             [len(r.origin_input_ids) + len(r.output_ids) for r, row in zip(reqs, late, strict=True) if row is not None],
         )
-        weights = torch.ones_like(tokens, dtype=torch.int32)
+        weights = counts.to(torch.int32)
         if self._last is None or not len(late_rows):
             return owners, tokens, weights
         more = self._last.tokens[late_rows].to(torch.int64)

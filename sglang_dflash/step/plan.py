@@ -13,18 +13,20 @@ from sglang_dflash.budget import Budget, Choice, Shape
 from sglang_dflash.metrics import Clock, StepLog, StepMetrics
 from sglang_dflash.options import Options
 from sglang_dflash.step import ranks
+from sglang_dflash.step.grammar import NodeMasks
+from sglang_dflash.step.penalties import penalised
 
 
 @dataclass(frozen=True)
 class Step:
     """One step: what was chosen for it, and when its parts ended. before: the step that it followed without a break, as
-    its choice and its start; None behind a prefill.
+    its choice, its start and the host's seconds for its masks; None behind a prefill.
     """
 
     choice: Choice
     shape: Shape
     clock: Clock
-    before: tuple[Choice, Any] | None
+    before: tuple[Choice, Any, float] | None
 
 
 class Planner:
@@ -36,7 +38,7 @@ class Planner:
         self.budget = Budget(options.shapes, requests)
         self._log, self._metrics = StepLog(options) if ranks.is_first() else None, metrics
         self._on_gpu = on_gpu
-        self._before: tuple[Choice, Any] | None = None
+        self._before: tuple[Choice, Any, float] | None = None
 
     def expect(self, verify: dict[int, dict[int, float]], draft: dict[int, dict[int, float]]) -> None:
         """Seconds of verify and draft passes by width, then by requests, measured before serving."""
@@ -49,18 +51,29 @@ class Planner:
     def prefill(self, batch: Any) -> None:
         """New requests come in: nothing is known of them, and what this takes is no step's cost."""
         running = {id(req) for req in batch.decoding_reqs or ()}  # in a mixed batch
-        requests, kinds = _numbers_and_kinds([req for req in batch.reqs if id(req) not in running])
+        new = [req for req in batch.reqs if id(req) not in running]
+        requests, kinds = _numbers_and_kinds(new)
         self.budget.gain.begin(requests, kinds)
+        self.budget.cost.begin(requests, np.array([req.grammar is not None for req in new], dtype=bool))
         self._before = None
 
     def plan(self, batch: Any) -> Step:
         """The next step of a batch, from now on."""
         requests, kinds = _numbers_and_kinds(batch.reqs)
-        choice = self.budget.choose(requests, kinds, np.array(batch.spec_info.drafting))
+        choice = self.budget.choose(requests, kinds, np.array(batch.spec_info.drafting), _sort(batch))
         choice = replace(choice, shape=ranks.first_ranks_number(choice.shape))
         step = Step(choice, self._shapes[choice.shape], Clock(self._on_gpu), self._before)
-        self._before = choice, step.clock.start
+        self._before = choice, step.clock.start, 0.0
         return step
+
+    def masked(self, masks: NodeMasks) -> None:
+        """The masks of the step planned last were made, while the GPU was at its pass."""
+        if self._before is None or not masks.made.any():
+            return
+        choice, start, _ = self._before
+        some = masks.made.any(1)
+        self.budget.cost.masks_took(choice.requests[masks.rows][some], masks.made[some], masks.seconds)
+        self._before = choice, start, masks.seconds
 
     def learn(self, step: Step, nodes: Tensor, lens: Tensor, reqs: Sequence[Any]) -> None:
         """A step's results have reached the host: nodes [bs, D + 1] walked, lens [bs] emitted; reqs: who took it, their
@@ -68,8 +81,9 @@ class Planner:
         """
         walked, emitted = nodes.numpy(), lens.numpy()
         if step.before is not None:
-            choice, start = step.before
-            self.budget.cost.took(len(choice.requests), choice.shape, step.clock.since(start))
+            choice, start, masks = step.before
+            seconds = step.clock.since(start)
+            self.budget.cost.took(len(choice.requests), choice.shape, seconds, choice.sort, masks)
         self.budget.learn(step.choice, walked, emitted)
         if self._log is not None:
             self._log.step_done(step.choice, step.clock, emitted)
@@ -79,6 +93,12 @@ class Planner:
 
 
 def _numbers_and_kinds(reqs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """SGLang's numbers of requests, and whether each is greedy (0) or sampled (1)."""
+    """SGLang's numbers of requests, and their kinds: whether each is sampled (1), whether it has a grammar (2)."""
     numbers = np.array([req.kv.req_pool_idx for req in reqs], dtype=np.int64)
-    return numbers, np.array([int(req.sampling_params.top_k != 1) for req in reqs], dtype=np.int64)
+    kinds = [int(req.sampling_params.top_k != 1) + 2 * (req.grammar is not None) for req in reqs]
+    return numbers, np.array(kinds, dtype=np.int64)
+
+
+def _sort(batch: Any) -> int:
+    """What else the host does for a batch's steps: masks (1), penalties (2)."""
+    return int(batch.has_grammar) + 2 * any(map(penalised, batch.reqs))

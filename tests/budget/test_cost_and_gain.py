@@ -12,7 +12,7 @@ from sglang_dflash.tree import Lattice, grow, walk
 
 
 def test_a_first_step_gives_costs_their_scale_where_none_were_measured() -> None:
-    cost = Cost(SHAPES)
+    cost = Cost(SHAPES, 8)
     expected = cost.seconds(4)
     cost.took(4, 1, 0.5)
     assert cost.seconds(4) == pytest.approx(expected * 0.5 / expected[1])

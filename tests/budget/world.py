@@ -28,11 +28,18 @@ def roof(requests: int, shape: Shape) -> float:
 
 @dataclass
 class World:
-    """likely: the chance that the smallest shape has the right child; each wider one makes up for a share of misses."""
+    """likely: the chance that the smallest shape has the right child; each wider one makes up for a share of misses.
+
+    mask: seconds that the host takes for a node's mask; side_by_side: whether masks are made while the pass goes on, or
+    behind it. allowed: the share of drafted nodes that have one.
+    """
 
     likely: float
     cost: Callable[[int, Shape], float] = roof
     noise: float = 0.03
+    mask: float = 0.0
+    side_by_side: bool = False
+    allowed: float = 1.0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(7))
 
     def chances(self) -> np.ndarray:
@@ -57,30 +64,46 @@ class World:
             nodes[row, lens[row] :] = nodes[row, lens[row] - 1]
         return nodes, lens
 
+    def seconds(self, bs: int, shape: Shape) -> tuple[float, float]:
+        """Of a step, and of its masks."""
+        masks = bs * (1 + self.allowed * shape.nodes) * self.mask
+        passes = self.cost(bs, shape)
+        return (max(passes, masks + 0.001) if self.side_by_side else passes + masks), masks
+
     def run(self, budget: Budget, bs: int, steps: int, drafting: bool = True) -> tuple[float, float, np.ndarray]:
         """Tokens, seconds and steps by shape of a batch of so many requests."""
-        requests, kinds = np.arange(bs), np.zeros(bs, dtype=np.int64)
+        sort = int(self.mask > 0)
+        requests, kinds = np.arange(bs), np.full(bs, 2 * sort)
+        budget.cost.begin(requests, np.full(bs, sort == 1))
         tokens = seconds = 0.0
         taken = np.zeros(len(SHAPES), dtype=np.int64)
         for _ in range(steps):
-            choice = budget.choose(requests, kinds, np.full(bs, drafting))
+            choice = budget.choose(requests, kinds, np.full(bs, drafting), sort)
             nodes, lens = self.accept(choice)
-            took = self.cost(bs, SHAPES[choice.shape]) * (1 + self.noise * self.rng.standard_normal())
+            shape = SHAPES[choice.shape]
+            took, masks = (1 + self.noise * self.rng.standard_normal()) * np.array(self.seconds(bs, shape))
+            if sort:
+                made = self.rng.random((bs, shape.verified)) < self.allowed
+                made[:, 0] = True
+                budget.cost.masks_took(requests, made, masks)
             budget.learn(choice, nodes, lens)
-            budget.cost.took(bs, choice.shape, took)
+            budget.cost.took(bs, choice.shape, took, sort, masks)
             tokens, seconds, taken[choice.shape] = tokens + lens.sum(), seconds + took, taken[choice.shape] + 1
         return tokens, seconds, taken
 
+    def tokens(self, bs: int, steps: int = 400) -> np.ndarray:
+        """What a step of each shape emits, by trial."""
+        emitted = []
+        for index in range(len(SHAPES)):
+            choice = Choice(index, np.arange(bs), np.zeros(bs, dtype=np.int64), np.ones(bs, dtype=bool), 0, 0)
+            emitted.append(np.mean([self.accept(choice)[1].sum() for _ in range(max(1, steps // bs))]))
+        return np.array(emitted)
+
     def best(self, bs: int, steps: int = 400) -> tuple[int, float]:
         """The best shape for such a batch, by trial, and its tokens a second."""
-        rates = []
-        for index, shape in enumerate(SHAPES):
-            if bs > shape.most:
-                break
-            choice = Choice(index, np.arange(bs), np.zeros(bs, dtype=np.int64), np.ones(bs, dtype=bool), 0)
-            emitted = sum(self.accept(choice)[1].sum() for _ in range(max(1, steps // bs)))
-            rates.append(emitted / max(1, steps // bs) / self.cost(bs, shape))
-        return int(np.argmax(rates)), max(rates)
+        seconds = [self.seconds(bs, shape)[0] if bs <= shape.most else np.inf for shape in SHAPES]
+        rates = self.tokens(bs, steps) / seconds
+        return int(rates.argmax()), float(rates.max())
 
 
 def told(budget: Budget, cost: Callable[[int, Shape], float] = roof) -> Budget:

@@ -127,7 +127,11 @@ def random_tree(
     return tokens, parents, paths
 
 
-def check_trees(case: Case, fill: Any = fill_masks) -> None:
+def fill_one(grammar: Any, tokens: list[int], parents: list[int], masks: Tensor) -> Any:
+    return fill_masks([grammar], [0], [tokens], [parents], masks)
+
+
+def check_trees(case: Case, fill: Any = fill_one) -> None:
     """Fill the masks of trees all along a text, and compare each."""
     make, text = case
     truth, rng, grammar, constrained = Truth(make), random.Random(0), make(), 0
@@ -149,7 +153,7 @@ def test_every_node_is_masked_by_the_state_of_its_own_path(case: Case) -> None:
 @pytest.mark.parametrize(("backend", "case"), [("xgrammar", "json")], indirect=True)
 def test_masks_of_another_state_would_be_seen(case: Case) -> None:
     def of_the_sibling(grammar: Any, tokens: list[int], parents: list[int], masks: Tensor) -> None:
-        fill_masks(grammar, tokens, [max(0, parent - 1) for parent in parents], masks)
+        fill_one(grammar, tokens, [max(0, parent - 1) for parent in parents], masks)
 
     with pytest.raises(AssertionError):
         check_trees(case, of_the_sibling)
@@ -179,6 +183,19 @@ def test_a_batch_s_logits_are_masked_row_by_row(case: Case) -> None:
         expected = (words[:, :, None] >> torch.arange(32) & 1).view(WIDTH, VOCAB).bool()
         assert torch.equal(rows[row] == 1, expected)
         assert torch.equal(rows[row] == -torch.inf, ~expected)
+    assert masks.seconds > 0
+    for made, row in zip(masks.made, masks.rows, strict=True):
+        assert made.tolist() == [comes(make, truth, path) for path in trees[row][2]]
+
+
+def comes(make: Callable[[], Any], truth: Truth, path: list[int]) -> bool:
+    """Whether plain decoding comes to the end of a path and goes on."""
+    grammar = make()
+    for place, token in enumerate(path):
+        if not allows(truth.mask(path[:place]), token):
+            return False
+        grammar.accept_token(token)
+    return not grammar.is_terminated()
 
 
 @pytest.mark.parametrize(("backend", "case"), [("xgrammar", "regex")], indirect=True)
@@ -219,5 +236,5 @@ def test_a_grammar_that_cannot_step_back_is_asked_at_the_root_alone() -> None:
     grammar = OutlinesGrammar(guide, None)
     assert not looks_ahead(grammar) and not looks_ahead(ReasonerGrammarObject(grammar, [1]))
     masks = grammar.allocate_vocab_mask(16, 3, "cpu")
-    fill_masks(grammar, [7, 4, 9], [0, 0, 0], masks)
+    assert fill_one(grammar, [7, 4, 9], [0, 0, 0], masks).tolist() == [[True, False, False]]
     assert (~masks).nonzero().tolist() == [[0, 4], [0, 9], *([row, token] for row in (1, 2) for token in range(16))]

@@ -7,6 +7,7 @@ retractions, after each of which slots change hands.
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -56,7 +57,7 @@ def request(prompt: int, **params: Any) -> Request:
     settings = SimpleNamespace(max_new_tokens=TOKENS, **{**none, "stop_token_ids": None, **params})
     tokenizer = SimpleNamespace(eos_token_id=EOS, additional_stop_token_ids=None)
     return Request(
-        origin_input_ids=[1] * prompt, output_ids=[], true=[], sampling_params=settings, tokenizer=tokenizer,
+        origin_input_ids=[1] * prompt, output_ids=array("q"), true=[], sampling_params=settings, tokenizer=tokenizer,
         eos_token_ids={EOS}, grammar=None, kv=SimpleNamespace(req_pool_idx=None), retracted=0, chunks=0,
     )  # fmt: skip
 
@@ -120,7 +121,7 @@ class Scheduler:
     def learn(self, results: list[tuple[Request, list[int]]]) -> None:
         for req, tokens in results:
             if req in self.running:
-                req.output_ids = req.output_ids + tokens
+                req.output_ids.extend(tokens)
                 if len(req.output_ids) >= req.sampling_params.max_new_tokens:
                     self.running.remove(req)
                     self.in_flight = [(r, t) for r, t in self.in_flight if r is not req]
@@ -257,6 +258,26 @@ def counts_samples_of_unfinished_prompts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Penalties, "of", lambda self, batch, lengths, running: find(self, batch, lengths, batch.reqs))
 
 
+def goes_by_numbers(patch: pytest.MonkeyPatch) -> None:
+    tally = penalties._Tally.of
+
+    def of_the_number(self: Any, output: Any) -> Any:
+        self._output = output
+        return tally(self, output)
+
+    patch.setattr(penalties._Tally, "of", of_the_number)
+
+
+def counts_from_the_start_again(patch: pytest.MonkeyPatch) -> None:
+    tally = penalties._Tally.of
+
+    def again(self: Any, output: Any) -> Any:
+        self._read = 0
+        return tally(self, output)
+
+    patch.setattr(penalties._Tally, "of", again)
+
+
 PLANTS: dict[str, tuple[bool, Callable[[pytest.MonkeyPatch], None]]] = {
     "siblings are counted": (False, of(lambda tree: replace(tree, mask=torch.ones_like(tree.mask)))),
     "the node itself is not": (False, of(lambda tree: replace(tree, mask=tree.mask & ~torch.eye(WIDTH).bool()))),
@@ -265,6 +286,8 @@ PLANTS: dict[str, tuple[bool, Callable[[pytest.MonkeyPatch], None]]] = {
     "overlap forgets": (True, lambda patch: patch.setattr(Penalties, "follow", lambda *_: None)),
     "overlap counts twice": (True, counts_what_the_host_knows_again),
     "without overlap twice": (False, counts_what_the_host_knows_again),
+    "a number's next owner inherits": (False, goes_by_numbers),
+    "what was counted is counted again": (False, counts_from_the_start_again),
     "a chunk's sample is counted": (True, counts_samples_of_unfinished_prompts),
 }
 

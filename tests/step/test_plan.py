@@ -22,13 +22,18 @@ def request(number: int, grammar: Any = None, **params: Any) -> Any:
     sampling = SamplingParams(**{"temperature": 0.0, **params})
     sampling.normalize(None)
     return SimpleNamespace(
-        kv=SimpleNamespace(req_pool_idx=number), sampling_params=sampling, origin_input_ids=[1] * 9, output_ids=[2]
+        kv=SimpleNamespace(req_pool_idx=number),
+        sampling_params=sampling,
+        origin_input_ids=[1] * 9,
+        output_ids=[2],
+        grammar=grammar,
     )
 
 
 def batch(*reqs: Any, decoding: list[Any] | None = None, drafting: list[bool] | None = None) -> Any:
     carry = SimpleNamespace(drafting=drafting or [True] * len(reqs))
-    return SimpleNamespace(reqs=list(reqs), decoding_reqs=decoding, spec_info=carry)
+    has_grammar = any(req.grammar for req in reqs)
+    return SimpleNamespace(reqs=list(reqs), decoding_reqs=decoding, spec_info=carry, has_grammar=has_grammar)
 
 
 @pytest.fixture
@@ -43,10 +48,10 @@ def come_to(planner: Planner, step: Any, lens: list[int]) -> None:
 
 
 def test_who_drafts_and_of_which_kind(planner: Planner) -> None:
-    requests = request(3), request(5, temperature=0.8), request(4, frequency_penalty=0.5)
+    requests = request(3), request(5, temperature=0.8), request(4, grammar="json", frequency_penalty=0.5)
     step = planner.plan(batch(*requests, drafting=[True, True, False]))
     assert step.choice.requests.tolist() == [3, 5, 4]
-    assert step.choice.kinds.tolist() == [0, 1, 0]
+    assert step.choice.kinds.tolist() == [0, 1, 2]
     assert step.choice.drafting.tolist() == [True, True, False]
 
 
@@ -54,7 +59,8 @@ def test_what_stands_between_two_steps_is_no_steps_cost(planner: Planner, monkey
     now = [0.0]
     monkeypatch.setattr("sglang_dflash.metrics.time.perf_counter", lambda: now[0])
     told: list[tuple[int, float]] = []
-    monkeypatch.setattr(planner.budget.cost, "took", lambda requests, shape, seconds: told.append((requests, seconds)))
+    took = lambda requests, shape, seconds, *_: told.append((requests, seconds))  # noqa: E731
+    monkeypatch.setattr(planner.budget.cost, "took", took)
     one, steps = batch(request(1)), []
     for seconds in (2.0, 3.0, 50.0, 1.0):
         steps.append(planner.plan(one))
@@ -65,6 +71,26 @@ def test_what_stands_between_two_steps_is_no_steps_cost(planner: Planner, monkey
         step.clock.done()
         come_to(planner, step, [1])
     assert told == [(1, 2.0), (1, 3.0)]
+
+
+def test_masks_are_told_apart_from_the_step_that_made_them(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three requests the last two have a grammar, and one of these has ended."""
+    told: list[Any] = []
+    monkeypatch.setattr(planner.budget.cost, "took", lambda *args: told.append(args[3:]))
+    monkeypatch.setattr(planner.budget.cost, "masks_took", lambda *args: told.append(args))
+    some = batch(request(1), request(2, grammar="json"), request(3, grammar="json", presence_penalty=1.0))
+    made = np.array([[False] * 3, [True, False, True]])
+    steps = []
+    for _ in range(2):
+        steps.append(planner.plan(some))
+        planner.masked(SimpleNamespace(rows=[1, 2], made=made, seconds=0.25))  # type: ignore[arg-type]
+        steps[-1].clock.done()
+    (numbers, of_nodes, seconds), _ = told
+    assert (numbers.tolist(), of_nodes.tolist(), seconds) == ([3], [[True, False, True]], 0.25)
+    come_to(planner, steps[0], [1, 1, 1])
+    planner.masked(SimpleNamespace(rows=[1, 2], made=made & False, seconds=0.25))  # type: ignore[arg-type]
+    come_to(planner, steps[1], [1, 1, 1])
+    assert told[2:] == [(3, 0.25)]  # a grammar, and penalties
 
 
 def test_a_new_request_inherits_nothing_of_its_numbers_last_owner(planner: Planner) -> None:
