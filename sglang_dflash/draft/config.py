@@ -109,6 +109,7 @@ class DraftConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> DraftConfig:
         """Read a config.json's content, or a transformers config's `to_dict()`."""
+        raw = _on_one_axis(raw)
         dflash: Mapping[str, Any] = raw.get("dflash_config") or {}
         both = {**raw, **dflash}  # these keys stand at either level, dflash_config's own first
         rope_theta, rope_scaling = _rope(raw)
@@ -278,6 +279,21 @@ def _float(raw: Mapping[str, Any], key: str, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"Draft config: {key} is {value!r}; it must be a number.")
     return float(value)
+
+
+def _on_one_axis(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without what a config copies of its target's positions and a draft, which counts tokens, has no use for, as
+    SGLang reads it: how axes share a head, and which part of a head rotates where rope_dim says that all of it does.
+    """
+    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    scaling = raw.get(key) or {}
+    if _rope_type(scaling) != "default":
+        return raw
+    copied = {"mrope_section", "mrope_interleaved"}
+    if scaling.get("rope_dim") is not None and scaling["rope_dim"] == raw.get("head_dim"):
+        copied |= {"rope_dim", "partial_rotary_factor"}
+        raw = {name: value for name, value in raw.items() if name != "partial_rotary_factor"}
+    return {**raw, key: {name: value for name, value in scaling.items() if name not in copied}}
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:

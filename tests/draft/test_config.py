@@ -69,6 +69,18 @@ def test_windows_and_causality_by_layer() -> None:
     assert read(sliding, is_causal=False).causal_layers == (False, False, False)
 
 
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_what_is_copied_of_a_target_s_axes_says_nothing_of_a_draft(key: str) -> None:
+    size = read().head_dim
+    plain: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
+    axes = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    all_of_it = {"rope_dim": size, "partial_rotary_factor": 0.25}
+    want = read({"head_dim": size, key: plain})
+    assert want.served_by() == ("ours", "") and want.rope_theta == 1e6
+    assert read({"head_dim": size, key: plain | axes}) == want
+    assert read({"head_dim": size, key: plain | axes | all_of_it, "partial_rotary_factor": 0.25}) == want
+
+
 def test_masks_that_are_predicted_from_themselves_are_the_usual_layout() -> None:
     assert read(sample_from_anchor=False).served_by() == ("ours", "")
 
@@ -108,7 +120,8 @@ def test_block_size_stands_at_either_level_and_dflash_config_s_is_first() -> Non
         ({"layer_types": ["linear_attention"] * 3}, {}, "layer types"),
         ({"partial_rotary_factor": 0.5}, {}, "partial rotary"),
         ({"rope_scaling": {"rope_type": "default", "rope_dim": 4}}, {}, "rotary positions"),
-        ({"rope_scaling": {"type": "default", "mrope_section": [2, 1, 1]}}, {}, "rotary positions"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}, {}, "rotary positions"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, {}, "partial rotary"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, {}, "rope_type longrope"),
         ({"is_neox_style": False}, {}, "interleaved rotary"),
         ({}, {"mask_token": "<|MASK|>", "mask_token_id": None}, "mask_token by name"),
