@@ -105,8 +105,7 @@ def _cores() -> BatchGrammarMatcher:
 
 
 def _visits(grammar: Any, tokens: list[int], parents: list[int], words: np.ndarray) -> Iterator[int]:
-    """Bring a grammar to each node that it allows, and back; its mask, words[node], is made before the next is asked.
-    """
+    """Bring a grammar to each node that it allows, and back; words[node] are its mask before the next is asked for."""
     children: list[list[int]] = [[] for _ in tokens]
     if looks_ahead(grammar):
         for node in range(1, len(tokens)):
