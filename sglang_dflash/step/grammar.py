@@ -53,13 +53,13 @@ class NodeMasks:
         """Mask logits [bs * w, V] in place. barrier: brings the grammars up to the tokens already accepted."""
         if barrier is not None:
             barrier()
-        if self._copied is not None:
-            self._copied.synchronize()
-        tokens, parents = self._tree.tolist()
         grammars = [self._reqs[row].grammar for row in self.rows]
         masks = grammars[0].allocate_vocab_mask(
             vocab_size=self._info.vocab_size, batch_size=len(logits), device="cpu"
         )
+        if self._copied is not None:
+            self._copied.synchronize()
+        tokens, parents = self._tree.tolist()
         begun = time.perf_counter()
         self.made = fill_masks(grammars, self.rows, tokens, parents, masks)
         self.seconds = time.perf_counter() - begun
@@ -105,8 +105,7 @@ def _cores() -> BatchGrammarMatcher:
 
 
 def _visits(grammar: Any, tokens: list[int], parents: list[int], words: np.ndarray) -> Iterator[int]:
-    """Bring a grammar to each node that it allows, and back; its mask, words[node], is made before the next is asked.
-    """
+    """Bring a grammar to each node that it allows, and back; words[node] are its mask before the next is asked for."""
     children: list[list[int]] = [[] for _ in tokens]
     if looks_ahead(grammar):
         for node in range(1, len(tokens)):

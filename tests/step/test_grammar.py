@@ -18,8 +18,10 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar, XGrammarGra
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from xgrammar import BatchGrammarMatcher
 
 from sglang_dflash import embedded
+from sglang_dflash.step import grammar
 from sglang_dflash.step.grammar import NodeMasks, fill_masks, looks_ahead
 from sglang_dflash.tree import DraftTree, walk
 
@@ -163,11 +165,12 @@ def test_masks_of_another_state_would_be_seen(case: Case) -> None:
 
 
 @pytest.mark.parametrize(("backend", "case"), [("xgrammar", "json"), ("xgrammar", "thinking")], indirect=True)
-def test_a_batch_s_logits_are_masked_row_by_row(case: Case) -> None:
+def test_a_batch_s_logits_are_masked_row_by_row(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two requests with a grammar about one without; the grammars are a token behind until the barrier."""
+    monkeypatch.setattr(grammar, "_cores", lambda: BatchGrammarMatcher(4))
     make, text = case
     truth, rng = Truth(make), random.Random(1)
-    reqs = [SimpleNamespace(grammar=grammar) for grammar in (make(), None, make())]
+    reqs = [SimpleNamespace(grammar=each) for each in (make(), None, make())]
     trees = [random_tree(truth, text, at, rng) for at in (1, 1, len(text) - 1)]
     tokens, parents = (torch.tensor([tree[i] for tree in trees]) for i in (0, 1))
     tree = DraftTree(tokens, parents, parents, tokens, tokens.float(), 1)
