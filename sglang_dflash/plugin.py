@@ -63,8 +63,9 @@ def _prepare_layers() -> None:
     if cpu.activate():
         from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
-        from sglang_dflash.platforms.cpu.gpt_oss import settle_model
+        from sglang_dflash.platforms.cpu.gpt_oss import SETTLED, settle_model
 
+        _register(SETTLED)
         register_resolution_hook("handle_model_specific_adjustments")(settle_model)
         wrapper = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
         HookRegistry.register(wrapper, _serve_layers, HookType.BEFORE)

@@ -43,6 +43,15 @@ def test_the_experts_are_transformers(monkeypatch: pytest.MonkeyPatch, limit: fl
         torch.testing.assert_close(got, experts(x, chosen, weights), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("family", "named"), [("gpt_oss", torch.float32), ("llama", torch.bfloat16)])
+def test_its_config_names_the_type_that_it_is_served_in(family: str, named: torch.dtype) -> None:
+    """SGLang makes some of its layers by that; a checkpoint in 16 bits is served in 32."""
+    config = SimpleNamespace(model_type=family, dtype=torch.bfloat16)
+    ((_, (hook, _)),) = gpt_oss.SETTLED.items()
+    assert hook(lambda *given: torch.float32, config, "float32") == torch.float32
+    assert config.dtype == named
+
+
 @pytest.mark.parametrize(
     ("architecture", "backend", "seen"),
     [

@@ -31,12 +31,26 @@ def settle_model(server_args: Any, previous: Callable[[Any], None]) -> None:
     declare_resolution(server_args, "sglang_dflash", **settled, moe_runner_backend=experts)
 
 
+def of_one_type(original: Callable[[Any, Any], Any], config: Any, asked: Any) -> Any:
+    """Around the choice of a model's type: half of gpt-oss's layers are made of the type that its config names, which
+    is not the one that a CPU serves it in.
+    """
+    dtype = original(config, asked)
+    if getattr(config, "model_type", "") == "gpt_oss":
+        config.dtype = dtype
+    return dtype
+
+
 def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
     """What an expert makes of its first products [..., 2 * inner], gate and up in turns; SGLang's is for a compiler."""
     gate, up = gate_up[..., ::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
     return gate * (gate * alpha).sigmoid() * (up + 1)
 
 
+# Before a model is known, and once it is loaded.
+SETTLED: dict[str, tuple[Any, HookType]] = {
+    "sglang.srt.configs.model_config._get_and_verify_dtype": (of_one_type, HookType.AROUND),
+}
 HOOKS: dict[str, tuple[Any, HookType]] = {
     "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.swiglu_gpt_oss_sigmoid_alpha":
         (clamped_swiglu, HookType.REPLACE),
