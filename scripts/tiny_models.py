@@ -32,6 +32,15 @@ SHAPE = {
     "head_dim": HEAD_DIM, "intermediate_size": INNER, "max_position_embeddings": CONTEXT, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": 2, "rope_theta": 10000.0, "dtype": "float32",
 }  # fmt: skip
+# A window, a stretched context and a limit of what experts say that short texts pass.
+GPT_OSS = {
+    "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 2.0,
+    "sliding_window": WINDOW,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "truncate": False, "original_max_position_embeddings": CONTEXT // 8,
+    },
+}  # fmt: skip
 DELTA_NETS = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
 }  # fmt: skip
@@ -55,6 +64,7 @@ class Family(StrEnum):
     LLAMA = "llama"
     QWEN3 = "qwen3"
     QWEN3_MOE = "qwen3-moe"
+    GPT_OSS = "gpt-oss"
     QWEN3_5 = "qwen3.5"
     QWEN3_NEXT = "qwen3-next"
     QWEN3_5_MOE = "qwen3.5-moe"
@@ -72,6 +82,7 @@ def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A target's config.json and its tensors."""
     from transformers import (
         AutoModelForCausalLM,
+        GptOssConfig,
         LlamaConfig,
         Qwen3_5MoeTextConfig,
         Qwen3_5TextConfig,
@@ -92,10 +103,12 @@ def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         Family.QWEN3_NEXT: lambda: Qwen3NextConfig(**shape, **DELTA_NETS, **EXPERTS),
         Family.QWEN3_5_MOE: lambda: Qwen3_5MoeTextConfig(**shape, **DELTA_NETS, **EXPERTS),
         Family.QWEN3_5: lambda: Qwen3_5TextConfig(**shape, **DELTA_NETS),
+        Family.GPT_OSS: lambda: GptOssConfig(**{**shape, **GPT_OSS}),
     }[family]()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     raw = {**config.to_dict(), "architectures": [type(model).__name__], "full_attention_interval": LAYERS}
-    return raw, random_weights(one_by_one({name: tuple(t.shape) for name, t in model.state_dict().items()}))
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    return raw, random_weights(shapes if family == Family.GPT_OSS else one_by_one(shapes))
 
 
 def target_with_images(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -141,7 +154,7 @@ def save_processor(folder: Path) -> None:
 
 
 def one_by_one(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Experts as checkpoints have them: each by itself, and not as transformers holds them."""
+    """Experts as most checkpoints have them: each by itself, and not as transformers holds them."""
     apart: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         layer, found, matrix = name.partition(".experts.")
@@ -196,13 +209,21 @@ def draft() -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Norms near 1; what a layer adds is of the size of what it is added to; states forget over some ten tokens."""
+    """Norms near 1; what a layer adds is of the size of what it is added to; states forget over some ten tokens; sinks
+    weigh as much as some ten keys, in numbers of 16 bits, as SGLang keeps them.
+    """
     torch.manual_seed(0)
-    return {
-        name: torch.randn(shape) / shape[-1] ** 0.5 if len(shape) > 1
-        else torch.randn(shape) - 3 if name.endswith("A_log") else 1 + 0.1 * torch.randn(shape)
-        for name, shape in shapes.items()
-    }  # fmt: skip
+    return {name: _random_weight(name, torch.randn(shape)) for name, shape in shapes.items()}
+
+
+def _random_weight(name: str, noise: Tensor) -> Tensor:
+    if noise.dim() > 1:
+        return noise / noise.shape[-1] ** 0.5
+    if name.endswith("A_log"):
+        return noise - 3
+    if name.endswith("sinks"):
+        return (noise + 2).bfloat16().float()
+    return 0.1 * noise + (0 if name.endswith("_proj.bias") else 1)
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

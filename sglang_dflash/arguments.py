@@ -216,7 +216,8 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         speculative_draft_model_quantization=None,  # SGLang lets a draft inherit its target's
         speculative_draft_kv_cache_dtype="auto",  # of the draft's own type, likewise
         **_settled_admission(server_args, chosen),
-        **(_settled_on_cpu(server_args) if on_cpu else _settled_on_cuda(server_args)),
+        **_settled_pool(server_args),
+        **({} if on_cpu else _settled_on_cuda(server_args)),
     )
     original(server_args)
     # SGLang reads it no more: what remains of it is a path's length, by which accept rates are told (metrics.py).
@@ -283,7 +284,7 @@ def _settled_admission(server_args: Any, chosen: Options) -> dict[str, int]:
     return settled
 
 
-def _settled_on_cpu(server_args: Any) -> dict[str, Any]:
+def _settled_pool(server_args: Any) -> dict[str, Any]:
     """Sliding layers keep all their keys: a tree's are moved in one pool, by one slot for all layers."""
     return {"disable_hybrid_swa_memory": True} if _target(server_args).two_pools else {}
 

@@ -51,30 +51,40 @@ def register() -> None:
 def _before_resolving(server_args: Any) -> None:
     """Every process that runs a model comes by here, and has imported by then what this does."""
     register_plain_attention()
-    _prepare_states()
+    _prepare_layers()
     from sglang_dflash import arguments
 
     arguments.fill_in_embedded_pair(server_args)
 
 
 @functools.cache
-def _prepare_states() -> None:
-    """On a plain CPU, where SGLang's linear layers have Triton kernels alone."""
+def _prepare_layers() -> None:
+    """On a plain CPU, where some layers of SGLang's have Triton kernels alone."""
     if cpu.activate():
+        from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+        from sglang_dflash.platforms.cpu.gpt_oss import SETTLED, settle_model
+
+        _register(SETTLED)
+        register_resolution_hook("handle_model_specific_adjustments")(settle_model)
         wrapper = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
-        HookRegistry.register(wrapper, _serve_states, HookType.BEFORE)
+        HookRegistry.register(wrapper, _serve_layers, HookType.BEFORE)
         HookRegistry.apply_hooks()
 
 
-def _serve_states(runner: Any, full_attn_backend: Any) -> None:
+def _serve_layers(runner: Any, full_attn_backend: Any) -> None:
     """The model is loaded, its attention is about to be made: what that imports is known by now."""
     from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
 
-    if hybrid_gdn_config(runner.model_config) is None:
-        return
-    from sglang_dflash.platforms.cpu.gdn import HOOKS
+    from sglang_dflash.platforms.cpu import gpt_oss
+    from sglang_dflash.targets import GPT_OSS
 
-    _register(HOOKS)
+    if hybrid_gdn_config(runner.model_config) is not None:
+        from sglang_dflash.platforms.cpu.gdn import HOOKS
+
+        _register(HOOKS)
+    if GPT_OSS in runner.model_config.hf_config.architectures:
+        _register(gpt_oss.HOOKS)
     HookRegistry.apply_hooks()
 
 

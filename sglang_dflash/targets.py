@@ -13,6 +13,7 @@ from sglang_dflash.platforms import Need
 
 KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16"}  # those of --kv-cache-dtype that a model can have too
 FP8 = "fp8_e4m3"  # and what the draft's is not then, which keeps the model's
+GPT_OSS = "GptOssForCausalLM"
 # Methods that quantise the embedding or the head whatever the checkpoint's config says.
 QUANTISED_TABLES = ("gguf", "expert_pack")
 # Models whose linear layers are gated delta nets of one kind; other models that have some differ around them.

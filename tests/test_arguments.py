@@ -481,11 +481,12 @@ def test_where_nodes_cost_states_fewer_are_drafted_unless_more_are_asked_for(
     assert options_of(ServerArgs(**{**given, "model_path": str(pair.target)})).largest.nodes == 31
 
 
+@pytest.mark.parametrize("family", [MUSE, GPT_OSS])
 def test_a_plain_cpu_serves_sliding_targets_from_one_pool(
-    pair: embedded.Pair, make_target: Callable[..., str]
+    pair: embedded.Pair, make_target: Callable[..., str], family: dict[str, Any]
 ) -> None:
     """A tree's keys are moved by one slot for all layers."""
-    target = make_target(**MUSE)
+    target = make_target(**family)
     assert reason(target=target) == "" and reason(target=target, disable_hybrid_swa_memory=True) == ""
     settled = resolve(model_path=target, speculative_draft_model_path=str(embedded.DRAFT))
     assert resolving_view(settled).disable_hybrid_swa_memory

@@ -114,15 +114,16 @@ def test_accept_rates_of_tokenizer_workers_are_over_the_positions_of_a_path_too(
     assert run(TOKENIZER_WORKER, pickle.dumps(given).hex()) == "dict 500 60"  # ten steps of six positions
 
 
-@pytest.mark.parametrize("has_delta_nets", [True, False])
-def test_delta_nets_are_in_plain_torch_where_a_model_has_some(
-    registry: list[str], monkeypatch: pytest.MonkeyPatch, has_delta_nets: bool
+@pytest.mark.parametrize(("architecture", "has_delta_nets"), [("Llama", True), ("Llama", False), ("GptOss", False)])
+def test_layers_are_in_plain_torch_where_a_model_has_some_that_sglang_has_kernels_for_alone(
+    registry: list[str], monkeypatch: pytest.MonkeyPatch, architecture: str, has_delta_nets: bool
 ) -> None:
-    runner = SimpleNamespace(model_config=object())
-    found = {runner.model_config: "its config"} if has_delta_nets else {}
-    monkeypatch.setattr("sglang.srt.configs.hybrid_arch.hybrid_gdn_config", found.get)
-    plugin._serve_states(runner, "attention")
+    config = SimpleNamespace(architectures=[f"{architecture}ForCausalLM"])
+    found = config if has_delta_nets else None
+    monkeypatch.setattr("sglang.srt.configs.hybrid_arch.hybrid_gdn_config", lambda _: found)
+    plugin._serve_layers(SimpleNamespace(model_config=SimpleNamespace(hf_config=config)), "attention")
     assert any(target.endswith(".GDNAttnBackend") for target in registry) == has_delta_nets
+    assert any("swiglu" in target for target in registry) == (architecture == "GptOss")
 
 
 @pytest.mark.parametrize("algorithm", ["EAGLE", "NGRAM", "STANDALONE"])

@@ -108,7 +108,7 @@ def tree_attention(
 
     prefix_lens [bs] int32: tokens before the window; pages [bs, P] int32: where they are, page_size slots a page;
     reach: how many tokens of the prefix, the last ones, are seen, 0: all; first_keys [bs, w] int32: the first that each
-    row sees, none of them before the reach; sinks [heads] float32: the score of a key that every row sees and whose
+    row sees, none of them before the reach; sinks [heads]: the score of a key that every row sees and whose
     value is zero; k_scale, v_scale: what keys and values are divided by in caches of another type than theirs, such as
     eight bits, and the window's are attended to as rounded as the prefix's; the others as in `window_attention`.
     """

@@ -111,7 +111,7 @@ def tree_attention_kernel(
         first_key = tl.load(first_ptr + token, mask=there, other=0)
     if SINK:  # noqa: SIM102  # decided when the kernel is compiled, unlike the next
         if split == used - 1:  # once: in the last of the programs that share these rows
-            top = tl.load(sinks_ptr + head, mask=there, other=0.0) * 1.4426950408889634
+            top = tl.load(sinks_ptr + head, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634
             total = tl.full([ROWS], 1.0, tl.float32)
 
     share = tl.cdiv(tl.cdiv(prefix - before + W, used), KEYS) * KEYS

@@ -14,7 +14,7 @@ import torch
 from client import Body, generate
 from conftest import ON_GPU, Serve
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GptOssForCausalLM
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "tiny_models.py"
 TOKENS, WINDOW, WORDS, CHUNK = 40, 16, 92, 64
@@ -45,30 +45,29 @@ def verified(answer: Body) -> torch.Tensor:
     return torch.tensor([row[0] for row in answer["meta_info"]["output_token_logprobs"]])
 
 
-def test_what_a_sliding_target_verifies_is_what_a_prefill_of_it_says(serve: Serve, tmp_path: Path) -> None:
-    """Token by token, in log-probability: random models have near-ties, so that texts alone tell little."""
-    _, arguments = make("sliding", tmp_path)
+def test_sliding_windows_sinks_and_clamped_experts_say_what_transformers_does(serve: Serve, tmp_path: Path) -> None:
+    """Token by token, in log-probability: random models have near-ties, so that texts alone tell little. Then each text
+    again with more behind it, by the prefix cache.
+    """
+    target, arguments = make("gpt-oss", tmp_path)
     prompts = some_prompts(1, WINDOW - 1, WINDOW + 1, 3 * WINDOW, 90, 7)
-    with serve(*arguments) as url:
+    with serve(*arguments, "--page-size", str(WINDOW)) as url:
         asked: list[Body] = [{"input_ids": ids, "sampling_params": GREEDY, "return_logprob": True} for ids in prompts]
         answers = generate(url, asked, len(asked))
         texts = [ids + answer["output_ids"] for ids, answer in zip(prompts, answers, strict=True)]
-        once = {"temperature": 0, "max_new_tokens": 1}
-        prefills = generate(
-            url,
-            [
-                {"input_ids": ids, "sampling_params": once, "return_logprob": True, "logprob_start_len": 0,
-                 "top_logprobs_num": 1}
-                for ids in texts
-            ],
-            1,
-        )  # fmt: skip
-    for answer, prefill in zip(answers, prefills, strict=True):
-        told = torch.tensor([row[0] for row in prefill["meta_info"]["input_token_logprobs"][-TOKENS:]])
-        best = torch.tensor([row[0][0] for row in prefill["meta_info"]["input_top_logprobs"][-TOKENS:]])
+        longer: list[Body] = [{**body, "input_ids": [*ids, 5, 6]} for body, ids in zip(asked, texts, strict=True)]
+        again = generate(url, longer, len(longer))
+    model = GptOssForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    for body, answer in zip([*asked, *longer], [*answers, *again], strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([body["input_ids"] + answer["output_ids"]])).logits
+        logp = logits[0, :-1].log_softmax(-1)[-TOKENS:]
+        told = logp.gather(1, torch.tensor(answer["output_ids"])[:, None])[:, 0]
         torch.testing.assert_close(verified(answer), told, rtol=0, atol=1e-3)
-        torch.testing.assert_close(told, best, rtol=0, atol=1e-3)
-    assert accepted_by(answers) >= 10, "else little but roots was compared"
+        torch.testing.assert_close(told, logp.amax(1), rtol=0, atol=1e-3)
+    assert accepted_by(answers + again) >= 20, "else little but roots was compared"
+    kept = [answer["meta_info"]["cached_tokens"] for answer in again]
+    assert kept == [len(ids) // WINDOW * WINDOW for ids in texts]
 
 
 def picture(width: int, height: int) -> Image.Image:

@@ -100,7 +100,7 @@ def outputs(case: Case, dtype: torch.dtype, *ops: tuple[Op, int]) -> list[tuple[
     if case.eight_bits and not q.is_cuda:  # the interpreter does not round to eight bits as torch and a GPU do
         k, v = (x.to(EIGHT_BITS).to(dtype) * scale for x, scale in ((k, K_SCALE), (v, V_SCALE)))
     mask = (torch.rand(bs, w, w) < 0.3) | torch.eye(w, dtype=torch.bool)
-    first_keys, sinks = case.first_keys(), torch.randn(case.heads) * 3 if case.sinks else None
+    first_keys, sinks = case.first_keys(), (torch.randn(case.heads) * 3).to(dtype) if case.sinks else None
     results = []
     for op, reach in ops:
         own = caches.nan_to_num() if op is plain.tree_attention else caches.clone()

@@ -204,13 +204,15 @@ def called(backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any
     return calls
 
 
-def run_layers(backend: Any, positions: torch.Tensor, mask: torch.Tensor, bound: int, *layers: Any) -> None:
+def run_layers(
+    backend: Any, positions: torch.Tensor, mask: torch.Tensor, bound: int, *layers: Any, **asked: Any
+) -> None:
     given = batch(WIDE, [500, 6], mask, bound)
     given.positions = positions.flatten()
     backend.init_forward_metadata(given)
     q, k, v = (torch.zeros(2 * WIDE, heads * DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
     for one in layers:
-        backend.forward_extend(q, k, v, one, given)
+        backend.forward_extend(q, k, v, one, given, **asked)
 
 
 @pytest.mark.parametrize("bound", [SHORT_PREFIX, SHORT_PREFIX + 1])
@@ -236,6 +238,12 @@ def test_a_sliding_layer_goes_to_the_one_op_with_each_row_s_first_key(
     assert full[3] is backend._mask and (full[-5:-3] == (reach, None) if in_one else full[-1] == 0.0)
 
 
+def test_layers_with_sinks_go_to_the_one_op_behind_any_prefix(backend: Any, called: list[tuple[str, Any]]) -> None:
+    positions, mask, sinks = torch.arange(WIDE).repeat(2, 1), torch.ones(2, WIDE, WIDE, dtype=torch.bool), object()
+    run_layers(backend, positions, mask, SHORT_PREFIX + 1, layer(), layer(sliding_window_size=9), sinks=sinks)
+    assert [(name, given[-3]) for name, given in called] == [("one", sinks)] * 2
+
+
 def test_a_causal_layer_of_a_draft_that_is_not_sees_no_later_token(
     backend: Any, called: list[tuple[str, Any]]
 ) -> None:
@@ -259,5 +267,5 @@ def test_what_a_graph_replays_is_worked_out_within_it(backend: Any, called: list
 
 
 def test_what_an_op_does_not_have_is_refused(backend: Any) -> None:
-    with pytest.raises(NotImplementedError, match=r"layer 3 asks attention for \['sinks'\]"):
-        backend.forward_extend(None, None, None, layer(layer_id=3), batch(WIDE, [5], None), sinks=torch.zeros(HEADS))
+    with pytest.raises(NotImplementedError, match=r"layer 3 asks attention for \['q_rope'\]"):
+        backend.forward_extend(None, None, None, layer(layer_id=3), batch(WIDE, [5], None), q_rope=torch.zeros(HEADS))

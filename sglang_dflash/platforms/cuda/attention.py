@@ -104,6 +104,7 @@ class WindowAttention(AttentionBackend):
     ) -> Tensor:
         if not forward_batch.forward_mode.is_target_verify():
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        sinks = kwargs.pop("sinks", None)
         if kwargs:
             raise NotImplementedError(
                 f"layer {layer.layer_id} asks attention for {sorted(kwargs)}, which window passes do not have: serve "
@@ -116,7 +117,7 @@ class WindowAttention(AttentionBackend):
             v.view(-1, layer.tp_v_head_num, layer.head_dim),
         )
         window = forward_batch.out_cache_loc if save_kv_cache else None
-        out = self._attend(q, k, v, layer, window, sight, *self._seen_by(sight, forward_batch))
+        out = self._attend(q, k, v, layer, window, sight, *self._seen_by(sight, forward_batch), sinks)
         return out.view(len(out), -1)
 
     def _sight(self, layer: Any) -> Sight:
@@ -143,6 +144,7 @@ class WindowAttention(AttentionBackend):
         sight: Sight,
         mask: Tensor,
         first_keys: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         return kernels.tree_attention(
             q,
@@ -157,6 +159,6 @@ class WindowAttention(AttentionBackend):
             layer.logit_cap,
             sight.prefix_keys,
             first_keys,
-            None,
+            sinks,
             *(1.0 if scale is None else scale for scale in (layer.k_scale_float, layer.v_scale_float)),
         )

@@ -6,7 +6,7 @@ is. Narrow windows, and all windows behind short prefixes, are attended to by th
 prefix, FlashAttention-3 attends to it, and a second op joins what each token sees of its window.
 
 A draft that sees only the last tokens of its context never meets a long prefix: its passes go to the one op, and so do
-all layers with a sliding window.
+all layers with a sliding window or sinks.
 
 Which way a pass goes is decided by the longest prefix that the host thinks possible; CUDA graphs are recorded of both.
 """
@@ -93,9 +93,10 @@ class FlashAttentionWindows(WindowAttention, flashattention_backend.FlashAttenti
         sight: Sight,
         mask: Tensor,
         first_keys: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
-        if self._in_one or sight.window:
-            return super()._attend(q, k, v, layer, slots, sight, mask, first_keys)
+        if self._in_one or sight.window or sinks is not None:
+            return super()._attend(q, k, v, layer, slots, sight, mask, first_keys, sinks)
         bs, width, _ = self._mask.shape
         keys, values = self.get_paged_mha_kv_cache(layer)
         out, lse, *_ = self.flash_attn_with_kvcache(
