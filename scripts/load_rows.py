@@ -137,6 +137,8 @@ def draw(file: Path) -> Path:
         plain = {load: median(row["tok_s"]) for load, row in of["none"].items()}
         for server, rows in of.items():
             loads = sorted(rows.keys() & plain.keys())
+            if not loads:
+                continue
             speeds = [median(rows[load]["tok_s"]) / plain[load] for load in loads]
             axes.plot(loads, speeds, ":" if server == "best" else "-", marker=".", label=NAMES[server])
         axes.set(title=f"{benchmark}, {_heat(temperature)}", xlabel="requests at once", xscale="log")

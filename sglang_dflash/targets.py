@@ -84,6 +84,8 @@ def _needs(model_config: Any, kv_cache_dtype: str) -> Iterator[tuple[Need, str]]
     if architecture in DELTA_NETS:
         yield Need.DELTA_NETS, f"the target, {architecture}, has gated delta nets"
         kinds.discard("linear_attention")
+    if model_config.is_multimodal:
+        yield Need.IMAGES, f"the target, {architecture}, reads images"
     if other := sorted(kinds - {"full_attention", "sliding_attention"}):
         yield Need.OTHER_LAYERS, f"the target, {architecture}, has layers of {other[0]}"
     if kv_cache_dtype == FP8:

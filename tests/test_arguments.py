@@ -400,8 +400,8 @@ def make_target(tmp_path: Path) -> Callable[..., str]:
         ({}, {}, ""),
         (NEMOTRON, {}, "NemotronHForCausalLM, has layers that keep a state"),
         (QWEN, {}, ""),
-        (QWEN, {"dtype": "float32"}, "has gated delta nets, which window passes of plain_torch do not serve here yet"),
-        (QWEN_WITH_IMAGES, {}, ""),
+        (QWEN, {"dtype": "float32"}, "has gated delta nets, which window passes of plain_torch do not serve"),
+        (QWEN_WITH_IMAGES, {}, "Qwen3_5ForConditionalGeneration, reads images, which window passes of fa3 do not"),
         (FALCON, {}, "FalconH1ForCausalLM, has layers that keep a state"),
         (GPT_OSS, {}, "GptOssForCausalLM, has layers with a sliding window, which window passes of fa3 do not serve"),
         (MUSE, {}, "MuseGlimmerForCausalLM, has layers with a sliding window, which window passes of fa3 do not serve"),
@@ -448,7 +448,7 @@ def test_of_a_target_with_images_its_text_model_is_read(
     path = make_target(**given)
     target = _target(ServerArgs(model_path=path))
     assert (target.hidden_size, target.vocab_size, target.num_layers, target.head_dim) == (128, 1000, 4, 256)
-    assert [*target.needs] == [Need.DELTA_NETS] and target.unserved == "" == reason(target=path)
+    assert [*target.needs] == [Need.DELTA_NETS, Need.IMAGES] and target.unserved == "" == reason(target=path)
     assert reason(target=path, language_only=True) == "--language-only is asked for"
 
 

@@ -16,6 +16,7 @@ class Need(Enum):
     WINDOWS = auto()  # layers that slide
     SINKS = auto()
     DELTA_NETS = auto()  # layers that keep a state, which a rejected token must not have changed
+    IMAGES = auto()  # positions on three axes, and a vision tower beside
     OTHER_LAYERS = auto()  # kinds of layers that neither slide nor see all
     FP8_CACHE = auto()  # keys and values in eight bits
 

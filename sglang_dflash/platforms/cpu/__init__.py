@@ -9,7 +9,7 @@ import torch
 from sglang_dflash import other_sglang
 from sglang_dflash.platforms import PLAIN_ATTENTION, Backend, Need
 
-BACKEND = Backend(PLAIN_ATTENTION, frozenset({Need.WINDOWS, Need.SINKS, Need.DELTA_NETS}))
+BACKEND = Backend(PLAIN_ATTENTION, frozenset({Need.WINDOWS, Need.SINKS, Need.DELTA_NETS, Need.IMAGES}))
 
 
 def activate() -> str | None:

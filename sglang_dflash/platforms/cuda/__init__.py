@@ -10,7 +10,7 @@ from sglang_dflash.platforms import PLAIN_ATTENTION, Backend, Need, either, othe
 from sglang_dflash.targets import Target
 
 FAST_ATTENTION, ANY_ATTENTION = "fa3", "flashinfer"
-# Sinks and targets' sliding layers are in the ops, and have not been seen on a GPU.
+# Sinks, targets' sliding layers and images are written, and have not been seen on a GPU.
 BACKENDS = {
     FAST_ATTENTION: Backend(FAST_ATTENTION, frozenset({Need.DELTA_NETS}), HEAD_SIZES),
     ANY_ATTENTION: Backend(ANY_ATTENTION, frozenset({Need.FP8_CACHE}), HEAD_SIZES),
