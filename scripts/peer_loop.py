@@ -91,9 +91,9 @@ def main(
         draft = zlab.DFlashDraftModel.from_pretrained(folder, dtype=torch.float32).eval()
         torch.manual_seed(0)
         theirs = {t: [looped(draft, model, ids, t, tokens) for ids in questions] for t in (0.0, 1.0)}
-        args = f"--speculative-algorithm DFLASH --speculative-draft-model-path {folder}".split()
-        args += f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {block - 1} --speculative-num-steps {block - 1}".split()
-        args = ["--model-path", str(target), *args]
+        args = f"--model-path {target} --speculative-algorithm DFLASH --speculative-draft-model-path {folder}".split()
+        args += f"--speculative-num-draft-tokens {block - 1} --speculative-num-steps {block - 1}".split()
+        args += ["--speculative-eagle-topk", "1"]
         with serving("a server of chains", args, Console(stderr=True)) as url:
             ours = {t: [asked(url, ids, t, tokens) for ids in questions] for t in (0.0, 1.0)}
     report = {
