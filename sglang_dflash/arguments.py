@@ -30,6 +30,7 @@ DEFAULT_NODES = 31
 NODES_WITH_STATES = 7  # SGLang reserves a state a node for each request: some 50 MB in a target of 9B parameters
 MOST_TOKENS = 1024  # of a verify pass: any GPU is short of arithmetic by then, and a wider tree only waits for it
 UNBOUNDED = 1 << 30
+PREFILLED = 16  # prompts that one CUDA graph holds; a batch of more is launched op by op, and long enough not to wait
 SGLANGS_REQUESTS = 48  # at once, where SGLang decides for DFLASH
 TOP_K = 16  # candidates a position where the checkpoint names none
 
@@ -302,7 +303,8 @@ def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
         for phase in Phase.ALL:  # no graph can hold this backend, which asks the device for lengths
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
     elif backend == cuda.FAST_ATTENTION and _prefills_in_one_launch(server_args):
-        graphs = with_phase(graphs, Phase.PREFILL, backend=Backend.FULL)
+        requests = graphs.prefill.full_prefill_max_req or PREFILLED
+        graphs = with_phase(graphs, Phase.PREFILL, backend=Backend.FULL, full_prefill_max_req=requests)
     # A draft reads the target's features: of its own type, which "auto" would give it, it could not.
     dtype = _target(server_args).dtype if view.dtype == "auto" else view.dtype
     return {

@@ -555,6 +555,7 @@ def test_what_serves_on_cuda(
     assert settled.mm_attention_backend == ("sdpa" if backend == "plain_torch" else None)
     graphs = settled.cuda_graph_config
     assert (graphs.decode.backend, graphs.prefill.backend) == (decode, prefill)
+    assert graphs.prefill.full_prefill_max_req == (16 if prefill == "full" else None)  # whatever a prefill's chunk is
     assert settled.speculative_num_draft_tokens == 32
     assert settled.speculative_draft_kv_cache_dtype == "auto", "else the draft's cache is of its target's type"
 
