@@ -146,7 +146,8 @@ def draw(file: Path) -> Path:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="speed, no speculation being 1", ylim=(0, None))
-    panels[0].legend(fontsize="small")
+    if panels[0].lines:
+        panels[0].legend(fontsize="small")
     figure.suptitle(f"{content['device']}; draft: {content['draft']}", fontsize="medium")
     picture = file.with_suffix(".png")
     figure.savefig(picture, dpi=150)
