@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sglang_dflash import embedded
+from sglang_dflash.cli.bench import device_name
 from sglang_dflash.cli.load import chat_ids, gsm8k
 from sglang_dflash.cli.server import serving
 
@@ -76,6 +77,11 @@ def compared(ours: tuple[list[int], list[int]], theirs: tuple[list[int], list[in
     return {"same_text": ours[0] == theirs[0], "steps": steps, "same_steps": same}
 
 
+def per_step(answers: list[tuple[list[int], list[int]]]) -> float:
+    """Tokens that a step brought, in the mean over all steps."""
+    return round(mean(tokens for _, steps in answers for tokens in steps), 3)
+
+
 def main(
     out: Path,
     prompts: Annotated[int, typer.Option(help="of GSM8K's test questions")] = 8,
@@ -97,17 +103,14 @@ def main(
         with serving("a server of chains", args, Console(stderr=True)) as url:
             ours = {t: [asked(url, ids, t, tokens) for ids in questions] for t in (0.0, 1.0)}
     report = {
+        "device": device_name(),
         "versions": {name: version(name) for name in ("sglang", "sglang-dflash", "dflash", "transformers", "torch")},
         "draft": "embedded, without its selector and its window",
         "block": block,
         "tokens": tokens,
         "greedy": [compared(a, b, block) for a, b in zip(ours[0.0], theirs[0.0], strict=True)],
-        "tokens_a_step": {
-            str(t): {name: round(mean(n for _, steps in runs[t] for n in steps), 3) for name, runs in both.items()}
-            for t in (0.0, 1.0)
-            for both in [{"ours": ours, "z-lab": theirs}]
-        },
-    }  # fmt: skip
+        "tokens_a_step": {str(t): {"ours": per_step(ours[t]), "z-lab": per_step(theirs[t])} for t in ours},
+    }
     out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 

@@ -131,7 +131,7 @@ def main() -> None:
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
     from sglang_dflash import embedded
-    from sglang_dflash.cli.bench import _device
+    from sglang_dflash.cli.bench import device_name
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -155,7 +155,7 @@ def main() -> None:
             rows["masks"].append({"backend": of, "grammar": name, "requests": requests, "nodes": nodes, **row})
             print(rows["masks"][-1], flush=True)
     versions = {name: version(name) for name in ("sglang", "torch", "xgrammar", "llguidance")}
-    device = {"device": _device(), "cores": len(os.sched_getaffinity(0)), "versions": versions}
+    device = {"device": device_name(), "cores": len(os.sched_getaffinity(0)), "versions": versions}
     args.out.write_text(json.dumps({**device, **rows}, indent=1) + "\n")
 
 

@@ -55,7 +55,7 @@ def main() -> None:
 
     from sglang_dflash.arguments import LADDER
     from sglang_dflash.cli import load
-    from sglang_dflash.cli.bench import _device, prompt_ids
+    from sglang_dflash.cli.bench import device_name, prompt_ids
     from sglang_dflash.cli.models import Models
     from sglang_dflash.cli.server import serving
 
@@ -90,7 +90,7 @@ def main() -> None:
                     rows += _rows(file, at_once, temperature, [nodes for nodes, _ in LADDER])
                     print(*rows[-len(LADDER) :], sep="\n", flush=True)
     clock = "one thread's processor seconds" if args.processor else "seconds"
-    args.out.write_text(json.dumps({"device": _device(), "clock": clock, "steps": rows}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"device": device_name(), "clock": clock, "steps": rows}, indent=1) + "\n")
 
 
 def _rows(file: Path, at_once: int, temperature: int, nodes: list[int]) -> list[dict[str, Any]]:

@@ -130,9 +130,9 @@ def bench(
     about = {
         "command": shlex.join(["sglang-dflash", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat("T", "seconds"),
-        "device": _device(),
+        "device": device_name(),
     }
-    same = {"model": models.name, "device": _device(), "benchmark": benchmark, "max_tokens": max_tokens}
+    same = {"model": models.name, "device": device_name(), "benchmark": benchmark, "max_tokens": max_tokens}
     if prompt_tokens:
         same |= {"benchmark": "gsm8k", "prompt_tokens": prompt_tokens}
 
@@ -314,7 +314,8 @@ def _on_cpu() -> bool:
     return bool(current_platform.device_type == "cpu")
 
 
-def _device() -> str:
+def device_name() -> str:
+    """What servers run on here, as SGLang names it."""
     from sglang.srt.platforms import current_platform
 
     return str(current_platform.get_device_name())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import tvm_ffi
+from loading import load
 
 from sglang_dflash.kernels import compiled
 
@@ -84,10 +84,7 @@ def test_a_wheel_with_ops_is_of_its_platform(
         name = ".".join(interface.split(".")[:part])
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setattr(sys.modules[interface], "BuildHookInterface", object, raising=False)
-    spec = importlib.util.spec_from_file_location("hatch_build", Path(__file__).parents[2] / "hatch_build.py")
-    assert spec is not None and spec.loader is not None
-    hatch_build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hatch_build)
+    hatch_build = load("hatch_build.py")
     kernels = tmp_path / "sglang_dflash" / "kernels"
     kernels.mkdir(parents=True)
     if ops:

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "scripts/soak.py"
+from loading import load
 
 
 @pytest.fixture(scope="module")
 def soak() -> Any:
-    spec = importlib.util.spec_from_file_location("soak", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = made  # where dataclasses look up annotations
-    spec.loader.exec_module(made)
-    return made
+    return load("scripts/soak.py")
 
 
 def planned(soak: Any, seed: int, *, able: bool = True) -> list[Any]:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loading import load
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_dflash import embedded
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "time_host.py"
-
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("time_host", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("scripts/time_host.py")
 
 
 def test_a_tree_follows_the_text_and_leaves_it(script: ModuleType) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loading import ROOT, load
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/time_roof.py"
 
 TARGET = {
@@ -33,16 +32,7 @@ DRAFT = {
 }
 
 
-def module() -> Any:
-    spec = importlib.util.spec_from_file_location("time_roof", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = made  # where dataclasses look up annotations
-    spec.loader.exec_module(made)
-    return made
-
-
-roof = module()
+roof = load("scripts/time_roof.py")
 
 
 def directory(path: Path, config: dict[str, Any]) -> Path:

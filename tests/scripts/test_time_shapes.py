@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "time_shapes.py"
+from loading import load
 
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("time_shapes", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("scripts/time_shapes.py")
 
 
 @dataclass

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loading import load
 from typer.testing import CliRunner
 
-SCRIPT = Path(__file__).parents[2] / "scripts/trace_step.py"
 BATCH = 2
 STEP = 200.0  # µs
 
 
-def module() -> Any:
-    spec = importlib.util.spec_from_file_location("trace_step", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = made  # where dataclasses look up annotations
-    spec.loader.exec_module(made)
-    return made
-
-
-trace_step = module()
+trace_step = load("scripts/trace_step.py")
 launches = count(1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from loading import ROOT, load
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
@@ -24,23 +24,12 @@ from sglang_dflash.cli.load import chat_ids, gsm8k
 from sglang_dflash.draft.checkpoint import check_tensors, tensor_shapes_on_disk, unknown_names
 from sglang_dflash.draft.config import DraftConfig
 
-ROOT = Path(__file__).parents[2]
 MAX_RELATIVE_ERROR = 1e-4
 
 
-def module(path: str) -> Any:
-    """The module of a file that is in no package."""
-    spec = importlib.util.spec_from_file_location(f"{__name__}.{Path(path).stem}", ROOT / path)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = made  # where dataclasses look up annotations
-    spec.loader.exec_module(made)
-    return made
-
-
-widen = module("scripts/widen_target.py")
-reference = module("tests/draft/draft_reference.py")
-tiny = module("tests/draft/checkpoints.py")
+widen = load("scripts/widen_target.py")
+reference = load("tests/draft/draft_reference.py")
+tiny = load("tests/draft/checkpoints.py")
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from loading import load
 
 from sglang_dflash.training.data import Answers, pack
 from sglang_dflash.training.draft import Draft, DraftShape
@@ -67,11 +66,7 @@ def test_every_answer_position_is_looked_at_once(target: Target, make_answers: C
 
 
 def test_the_exported_twin_gives_the_same_lattice(target: Target) -> None:
-    script = Path(__file__).parents[2] / "scripts" / "export_twin.py"
-    spec = importlib.util.spec_from_file_location("export_twin", script)
-    assert spec is not None and spec.loader is not None
-    export_twin = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(export_twin)
+    export_twin = load("scripts/export_twin.py")
     torch.manual_seed(0)
     tied = Draft(SHAPE, target.config).eval()
     for parameter in tied.candidate_selector.parameters():

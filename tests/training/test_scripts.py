@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,22 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loading import ROOT, load
 from safetensors.torch import load_file, save_file
 from toy import CONFIG, random_weights
 
 from sglang_dflash.training.data import Answers
 
-ROOT = Path(__file__).parents[2]
 OPTIONS = "--features 0,1 --intermediate 48 --layers 1 --block 6 --rank 8 --rows 2 --width 128 --anchors 16"
 
 
 def script(name: str) -> Any:
     """The module of scripts/<name>.py."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(f"scripts/{name}.py")
 
 
 @pytest.fixture
