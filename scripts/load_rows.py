@@ -5,9 +5,10 @@ python -m sglang.benchmark.serving --backend sglang --max-concurrency 16 ... --o
 curl localhost:30000/metrics >> gsm8k.0.ours.16.prom
 python scripts/load_rows.py load.json --device "NVIDIA H100 80GB HBM3" gsm8k.*
 
-A file is named benchmark.temperature.server.jsonl; server is none, own, ours, or a tree of ours fixed by hand, 15:8.
-Each run of the client is a round; rounds of the same benchmark, server, temperature and load make one row. Metrics
-before and after each round (--enable-metrics), the load in their file's name, tell what the server chose there.
+A file is named benchmark.temperature.server.jsonl; server is none, own, ours, or a tree of ours fixed by hand, 15:8
+(words may follow: "15:8 beside FlashInfer"). Each run of the client is a round; rounds of the same benchmark, server,
+temperature and load make one row. Metrics before and after each round (--enable-metrics), the load in their file's
+name, tell what the server chose there and how long its steps took.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import typer
 VERSIONS = ("sglang", "torch", "flashinfer-python", "sglang-dflash")
 NAMES = {"none": "no speculation", "own": "SGLang's own DFLASH", "ours": "ours", "best": "ours, best fixed tree"}
 CHOSEN = re.compile(r'^sglang:dflash_shape_steps_total\{.*nodes="(\d+)".*\} (\S+)$', re.MULTILINE)
+TAKEN = re.compile(r'^sglang:dflash_step_seconds_total\{.*part="(\w+)".*\} (\S+)$', re.MULTILINE)
 
 
 def main(
@@ -37,7 +39,8 @@ def main(
     for file in sorted(files, key=lambda file: file.suffix):  # .jsonl before .prom
         benchmark, temperature, server, *load, _ = file.name.split(".")
         if load:
-            rows[benchmark, int(temperature), int(load[0]), server]["chosen"] = _chosen(file.read_text())
+            row, metrics = rows[benchmark, int(temperature), int(load[0]), server], file.read_text()
+            row |= {"chosen": _chosen(metrics), "step_ms": _step_ms(metrics)}
             continue
         for line in file.read_text().splitlines():
             _add(rows, benchmark, int(temperature), server, json.loads(line))
@@ -74,13 +77,31 @@ def _add(
     row["accept_length"].append(round(run.get("accept_length") or 1.0, 2))
 
 
-def _chosen(metrics: str) -> dict[str, float]:
-    """Shares of steps by drafted nodes, from metrics before a round and after it, and so on."""
+def _rounds(counter: re.Pattern[str], metrics: str) -> dict[str, list[float]]:
+    """By how much a counter grew in each round, by label, from metrics before a round and after it, and so on."""
     told: dict[str, list[float]] = {}
-    for nodes, count in CHOSEN.findall(metrics):
-        told.setdefault(nodes, []).append(float(count))
-    steps = {nodes: sum(counts[1::2]) - sum(counts[::2]) for nodes, counts in told.items()}
+    for label, count in counter.findall(metrics):
+        told.setdefault(label, []).append(float(count))
+    return {
+        label: [after - before for before, after in zip(counts[::2], counts[1::2], strict=True)]
+        for label, counts in told.items()
+    }
+
+
+def _chosen(metrics: str) -> dict[str, float]:
+    """Shares of steps by drafted nodes, all rounds together."""
+    steps = {nodes: sum(counts) for nodes, counts in _rounds(CHOSEN, metrics).items()}
     return {nodes: round(count / sum(steps.values()), 3) for nodes, count in steps.items() if count}
+
+
+def _step_ms(metrics: str) -> list[float]:
+    """Milliseconds a step on the device, each round's mean."""
+    steps, parts = _rounds(CHOSEN, metrics).values(), _rounds(TAKEN, metrics).values()
+    return [
+        round(1000 * sum(seconds) / sum(count), 2)
+        for seconds, count in zip(zip(*parts, strict=True), zip(*steps, strict=True), strict=False)
+        if sum(count)
+    ]
 
 
 def by_setting(table: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, dict[int, dict[str, Any]]]]:

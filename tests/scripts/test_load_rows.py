@@ -51,13 +51,18 @@ def test_the_readmes_table_says_what_was_chosen(tmp_path: Path, capsys: pytest.C
             for pair in counts
             for nodes, count in zip((0, 7), pair, strict=True)
         )
+        + "".join(
+            f'sglang:dflash_step_seconds_total{{part="{part}"}} {seconds}\n'
+            for seconds in (1.0, 1.3, 2.0, 2.35)
+            for part in ("draft", "verify")
+        )
     )
     main = runpy.run_path(str(SCRIPT))["main"]
     main(tmp_path / "load.json", [metrics, *tmp_path.glob("*.jsonl")], device="a GPU")
     rows = json.loads((tmp_path / "load.json").read_text())["rows"]
-    assert next(row for row in rows if row["server"] == "ours" and row["benchmark"] == "gsm8k" and not row["tree"])[
-        "chosen"
-    ] == {"0": 0.1, "7": 0.9}
+    row = next(row for row in rows if row["server"] == "ours" and row["benchmark"] == "gsm8k" and not row["tree"])
+    assert row["chosen"] == {"0": 0.1, "7": 0.9}
+    assert row["step_ms"] == [20.0, 10.0]
     told = capsys.readouterr().out
     assert "| at once | chat, temperature 1 | gsm8k, greedy | chosen, in this order |" in told
     assert "| 16 | **60 tok/s** | **2.50x** (7:7 2.40x) |  / 7 nodes 90%; 0 nodes 10% |" in told
