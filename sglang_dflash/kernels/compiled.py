@@ -39,9 +39,12 @@ PART = 4096, 32_768  # logits of a row that a block looks at: shorter ones do no
 
 
 def sources() -> list[Path]:
-    """The CUDA sources, from an installed package or from its repository."""
+    """The CUDA sources, from an installed package or from its repository. Raises FileNotFoundError without any."""
     directory = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"
-    return sorted(directory.glob("*.cu"))
+    found = sorted(directory.glob("*.cu"))
+    if not found:
+        raise FileNotFoundError(f"no CUDA sources in {directory}: install the package, or copy csrc/ along with it")
+    return found
 
 
 def ahead() -> Path:

@@ -52,6 +52,12 @@ def test_ops_compiled_ahead_are_loaded_while_their_sources_are_the_same(
     assert compiled.library() == "compiled on first use"
 
 
+def test_sources_that_are_not_there_are_named(package: Path) -> None:
+    shutil.rmtree(package / "csrc")
+    with pytest.raises(FileNotFoundError, match="no CUDA sources in .*csrc: install the package"):
+        compiled.library()
+
+
 def test_compiling_ahead_leaves_no_stale_library(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TVM_FFI_CUDA_ARCH_LIST", "")
     (package / "kernels" / "ops.so").touch()
