@@ -54,7 +54,7 @@ def test_ops_compiled_ahead_are_loaded_while_their_sources_are_the_same(
 
 def test_sources_that_are_not_there_are_named(package: Path) -> None:
     shutil.rmtree(package / "csrc")
-    with pytest.raises(FileNotFoundError, match="no CUDA sources in .*csrc: install the package"):
+    with pytest.raises(FileNotFoundError, match=r"no CUDA sources in .*csrc: install the package"):
         compiled.library()
 
 
