@@ -285,6 +285,7 @@ def reason(draft: str = str(embedded.DRAFT), target: str = "", **arguments: Any)
         ({"speculative_draft_kv_cache_dtype": "fp8_e4m3"}, "--speculative-draft-kv-cache-dtype fp8_e4m3"),
         ({"speculative_draft_kv_cache_dtype": "auto"}, ""),
         ({"kv_cache_dtype": "fp8_e4m3", "attention_backend": "flashinfer"}, ""),
+        ({"kv_cache_dtype": "fp8_e4m3", "attention_backend": "triton"}, ""),
         ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3 asks for keys"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 is not the draft's"),
         ({"kv_cache_dtype": "bf16"}, ""),
@@ -544,6 +545,8 @@ def settle(**arguments: Any) -> Any:
         ({"attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
         ({"kv_cache_dtype": "fp8_e4m3", "attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
         ({"prefill_attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
+        ({"attention_backend": "triton"}, "triton", "full", "breakable"),
+        ({"attention_backend": "fa4"}, "fa4", "full", "breakable"),
         ({"dtype": "float32"}, "plain_torch", "disabled", "disabled"),
     ],
 )
@@ -579,8 +582,8 @@ def test_a_draft_takes_its_targets_type(on_hopper: None, make_draft: MakeDraft) 
 
 
 def test_another_attention_backend_on_cuda_is_sglangs_to_serve(on_hopper: None) -> None:
-    settled = settle(attention_backend="triton")
-    assert (settled.attention_backend, settled.speculative_num_draft_tokens) == ("triton", None)
+    settled = settle(attention_backend="flex_attention")
+    assert (settled.attention_backend, settled.speculative_num_draft_tokens) == ("flex_attention", None)
 
 
 def test_a_lattice_that_a_gpu_has_no_room_for_is_refused(

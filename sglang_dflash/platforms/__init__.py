@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -38,8 +38,8 @@ class Backend:
             yield f"the target's head size {target.head_dim} is not {either(self.head_sizes)}"
 
 
-def either(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
+def either(choices: Sequence[Any]) -> str:
+    return ", ".join(map(str, choices[:-1])) + f" or {choices[-1]}"
 
 
 _ATTENTION_ARGUMENTS = (

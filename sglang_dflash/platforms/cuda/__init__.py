@@ -9,14 +9,18 @@ from sglang_dflash.kernels.limits import HEAD_SIZES
 from sglang_dflash.platforms import PLAIN_ATTENTION, Backend, Need, either, other_attention
 from sglang_dflash.targets import Target
 
-FAST_ATTENTION, ANY_ATTENTION = "fa3", "flashinfer"
+FAST_ATTENTION, FLASHINFER, TRITON, FA4 = "fa3", "flashinfer", "triton", "fa4"
 # Sinks, targets' sliding layers and images are written, and have not been seen on a GPU.
 BACKENDS = {
     FAST_ATTENTION: Backend(FAST_ATTENTION, frozenset({Need.DELTA_NETS}), HEAD_SIZES),
-    ANY_ATTENTION: Backend(ANY_ATTENTION, frozenset({Need.FP8_CACHE}), HEAD_SIZES),
+    FLASHINFER: Backend(FLASHINFER, frozenset({Need.FP8_CACHE}), HEAD_SIZES),
+    TRITON: Backend(TRITON, frozenset({Need.DELTA_NETS, Need.FP8_CACHE}), HEAD_SIZES),
+    FA4: Backend(FA4, frozenset({Need.DELTA_NETS}), (64, 128)),  # on Blackwell its kernel of size 256 reads no pages
     PLAIN_ATTENTION: Backend(PLAIN_ATTENTION),
 }
-FAST_CAPABILITIES = 8, 9  # first numbers of the compute capabilities that FlashAttention-3 is made for
+# First numbers of the compute capabilities that a backend is made for; the others are for any.
+FAST_CAPABILITIES = 8, 9
+CAPABILITIES = {FAST_ATTENTION: FAST_CAPABILITIES, FA4: (9, 10)}
 LEAST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)  # of our ops, and with keys and values in eight bits
 # Where one op attends to prefix and window, beside FlashAttention-3 (scripts/time_attention.py has found it faster):
 SHORT_PREFIX = 768  # behind prefixes of up to so many tokens, however wide the window is
@@ -40,15 +44,20 @@ def check_room(requests: int, room: int) -> None:
 
 
 def attention_backend(asked: Any, dtype: str) -> str:
-    """Which attention backend serves target and draft at this --dtype: FlashAttention-3, or FlashInfer if that is asked
-    for. Both take 16 bits only.
+    """Which attention backend serves target and draft at this --dtype: FlashAttention-3, or another one of ours if that
+    is asked for. All of them take 16 bits only.
 
     asked: what the user gave. "auto" is never float32: SGLang serves a checkpoint in float32 as float16.
     """
     if dtype in ("float32", "float"):
         return PLAIN_ATTENTION
     wishes = asked.attention_backend, asked.prefill_attention_backend, asked.decode_attention_backend
-    return ANY_ATTENTION if ANY_ATTENTION in wishes else FAST_ATTENTION
+    return next((wish for wish in wishes if wish in (FLASHINFER, TRITON, FA4)), FAST_ATTENTION)
+
+
+def made_for(backend: str, capability: tuple[int, int]) -> bool:
+    """Whether this one of ours runs on GPUs of a compute capability."""
+    return backend not in CAPABILITIES or capability[0] in CAPABILITIES[backend]
 
 
 def unserved(
@@ -64,12 +73,15 @@ def unserved(
     if capability < LEAST_CAPABILITY:
         return "the GPU has compute capability {}.{}, and trees need {}.{}".format(*capability, *LEAST_CAPABILITY)
     backend = attention_backend(asked, arguments.dtype)
-    if backend == FAST_ATTENTION and capability[0] not in FAST_CAPABILITIES:
+    if not made_for(backend, capability):
+        others = either([name for name in _MAKERS if made_for(name, capability)])
         return (
-            "trees need FlashAttention-3, which compute capability {}.{} has not, or --attention-backend {}, which has "
-            "served them on no such GPU yet".format(*capability, ANY_ATTENTION)
+            "attention by {} is not made for compute capability {}.{}: there trees need --attention-backend {}, which "
+            "have served them on no such GPU yet".format(backend, *capability, others)
         )
     if other := other_attention(asked, backend):
+        if backend in _MAKERS and other.split()[-1] in _MAKERS:
+            return f"{other} is not {backend}, and all passes of target and draft have one attention backend"
         return f"{other} reads no tree, {backend} does"
     if lacking := next(BACKENDS[backend].lacks(target), ""):
         return lacking
@@ -84,17 +96,32 @@ def register_attention() -> None:
     """Put ours in place of SGLang's backends; each is imported when a runner is to have it."""
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-    register_attention_backend(FAST_ATTENTION)(_make_fast_attention)
-    register_attention_backend(ANY_ATTENTION)(_make_any_attention)
+    for name, make in _MAKERS.items():
+        register_attention_backend(name)(make)
 
 
-def _make_fast_attention(runner: Any) -> Any:
+def _make_fa3(runner: Any) -> Any:
     from sglang_dflash.platforms.cuda.fa3 import FlashAttentionWindows
 
     return FlashAttentionWindows(runner)
 
 
-def _make_any_attention(runner: Any) -> Any:
+def _make_flashinfer(runner: Any) -> Any:
     from sglang_dflash.platforms.cuda.flashinfer import FlashInferWindows
 
     return FlashInferWindows(runner)
+
+
+def _make_triton(runner: Any) -> Any:
+    from sglang_dflash.platforms.cuda.triton import TritonWindows
+
+    return TritonWindows(runner)
+
+
+def _make_fa4(runner: Any) -> Any:
+    from sglang_dflash.platforms.cuda.fa4 import FlashAttention4Windows
+
+    return FlashAttention4Windows(runner)
+
+
+_MAKERS = {FAST_ATTENTION: _make_fa3, FLASHINFER: _make_flashinfer, TRITON: _make_triton, FA4: _make_fa4}

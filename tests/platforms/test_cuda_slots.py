@@ -1,14 +1,17 @@
-"""Window passes beside FlashInfer, without a GPU: SGLang's backend is a fake, its kernel of slot tables interpreted.
+"""Window passes beside FlashInfer, Triton and FlashAttention-4, without a GPU: SGLang's backends are fakes, its kernel
+of slot tables is interpreted.
 
 Triton decides when it is imported whether it interprets, so that is done in a process of its own: this file, run.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,7 +22,14 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 
 HEADS, KV_HEADS, SIZE, ROWS, COLUMNS = 4, 2, 8, 6, 400
-THEIRS = "flashinfer_backend"
+# SGLang's module and class, and ours, by the name of an attention backend.
+THEIRS = {
+    "flashinfer": ("flashinfer_backend", "FlashInferAttnBackend"),
+    "triton": ("triton_backend", "TritonAttnBackend"),
+    "fa4": ("flashattention_backend", "FlashAttentionBackend"),
+}
+OURS = {"flashinfer": "FlashInferWindows", "triton": "TritonWindows", "fa4": "FlashAttention4Windows"}
+OWN = {"flashinfer": {"init_new_workspace": False}, "triton": {}, "fa4": {"fa_impl_ver": 4}}  # what they are made with
 # Prefixes of a batch, and of the pass that replays its graph: the last of three requests only pads the second.
 LENS, LATER = (1, 100, 257), (300, 7, 1)
 
@@ -27,9 +37,13 @@ LENS, LATER = (1, 100, 257), (300, 7, 1)
 class FakeBase(AttentionBackend):
     """SGLang's backend, which plans every pass that it is told of."""
 
-    def __init__(self, runner: Any, init_new_workspace: bool = False) -> None:
+    def __init__(self, runner: Any, **own: Any) -> None:
         self.req_to_token_pool, self.token_to_kv_pool = runner.req_to_token_pool, runner.token_to_kv_pool
-        self.planned: list[Any] = []
+        self.own, self.planned = own, []
+        self.device = runner.device
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        raise AssertionError("masks and indices as long as the context")
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         self.planned.append(forward_batch.forward_mode)
@@ -37,23 +51,26 @@ class FakeBase(AttentionBackend):
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         self.planned.append(forward_batch.forward_mode)
 
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        self.planned.append(forward_batch.forward_mode)
+
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, *_: Any, **__: Any) -> str:
-        return "FlashInfer's"
+        return "SGLang's"
 
 
-def backend(page_size: int) -> Any:
+def backend(name: str, page_size: int) -> Any:
     """Ours over the fake, beside a pool whose every slot holds something; what no op may read is not a number."""
-    fake = ModuleType(THEIRS)
-    fake.FlashInferAttnBackend = FakeBase  # type: ignore[attr-defined]
-    sys.modules[f"{sglang_attention.__name__}.{THEIRS}"] = fake
-    sglang_attention.flashinfer_backend = fake
-    from sglang_dflash.platforms.cuda.flashinfer import FlashInferWindows
-
+    module, base = THEIRS[name]
+    fake = ModuleType(module)
+    setattr(fake, base, FakeBase)
+    sys.modules[f"{sglang_attention.__name__}.{module}"] = fake
+    setattr(sglang_attention, module, fake)
+    ours = getattr(importlib.import_module(f"sglang_dflash.platforms.cuda.{name}"), OURS[name])
     torch.manual_seed(page_size)
     pages = 1 + torch.randperm(ROWS * COLUMNS // page_size)
     slots = (pages[:, None] * page_size + torch.arange(page_size)).view(ROWS, -1)[:, : COLUMNS - page_size]
     caches = torch.randn(2, (len(pages) + 1) * page_size, KV_HEADS, SIZE)
-    return FlashInferWindows(
+    return ours(
         SimpleNamespace(
             init_new_workspace=False,
             device="cpu",
@@ -113,9 +130,9 @@ def reference(
     return out.view(len(mask) * width, -1)
 
 
-def error(page_size: int, width: int, reach: int, slides: int, captured: bool) -> float:
+def error(name: str, page_size: int, width: int, reach: int, slides: int, captured: bool) -> float:
     """How far a pass is from the reference; a captured one replays what was recorded of other requests."""
-    one, rows = backend(page_size), (3, 0, 5)
+    one, rows = backend(name, page_size), (3, 0, 5)
     one.reach, one.masks_are_causal = reach, True
     mask = ancestors(3, width)
     if captured:
@@ -145,8 +162,8 @@ def error(page_size: int, width: int, reach: int, slides: int, captured: bool) -
 
 
 CASES = [
-    (page_size, width, reach, slides, captured)
-    for page_size in (1, 16, 50)
+    (name, page_size, width, reach, slides, captured)
+    for name, page_size in (("flashinfer", 1), ("triton", 16), ("fa4", 50))
     for width, reach, slides in ((1, 0, 0), (2, 0, 0), (16, 0, 0), (16, 60, 0), (9, 0, 4), (5, 30, 70))
     for captured in (False, True)
 ]
@@ -164,26 +181,33 @@ def test_a_pass_sees_its_prefix_and_its_ancestors(errors: list[float], case: int
     assert errors[case] < 1e-5
 
 
+@pytest.fixture(params=THEIRS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param  # type: ignore[no-any-return]
+
+
 @pytest.fixture
-def ours(monkeypatch: pytest.MonkeyPatch) -> Any:
+def ours(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """One over the fake; both are gone afterwards."""
-    name = f"{sglang_attention.__name__}.{THEIRS}"
-    monkeypatch.setitem(sys.modules, name, ModuleType(THEIRS))
-    monkeypatch.setattr(sglang_attention, THEIRS, None, raising=False)
-    monkeypatch.delitem(sys.modules, "sglang_dflash.platforms.cuda.flashinfer", raising=False)
-    made = backend(1)
+    module, _ = THEIRS[name]
+    own = f"sglang_dflash.platforms.cuda.{name}"
+    monkeypatch.setitem(sys.modules, f"{sglang_attention.__name__}.{module}", ModuleType(module))
+    monkeypatch.setattr(sglang_attention, module, None, raising=False)
+    monkeypatch.delitem(sys.modules, own, raising=False)
+    made = backend(name, 1)
     yield made
-    del sys.modules["sglang_dflash.platforms.cuda.flashinfer"]
+    del sys.modules[own]
 
 
-def test_other_passes_are_flashinfer_s_own(ours: Any) -> None:
+def test_other_passes_are_sglang_s_own(ours: Any, name: str) -> None:
     prefill = batch((3, 4), (1, 2), 1, None)
     prefill.forward_mode = SimpleNamespace(is_target_verify=lambda: False)
     ours.init_forward_metadata(prefill)
     ours.init_forward_metadata_out_graph(prefill)
     ours.init_forward_metadata_in_graph(prefill)
-    assert ours.planned == [prefill.forward_mode] * 2
-    assert ours.forward_extend(None, None, None, layer(0), prefill) == "FlashInfer's"
+    assert ours.planned == [prefill.forward_mode] * 3
+    assert ours.forward_extend(None, None, None, layer(0), prefill) == "SGLang's"
+    assert ours.own == OWN[name]
     assert not ours.needs_cpu_seq_lens, "else SGLang waits for the lengths of every step"
 
 
