@@ -90,7 +90,7 @@ TARGET = Target(
             "need compute capability 8.9",
         ),
         (
-            {}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0),
+            {"attention_backend": "fa3"}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0),
             "it is in eight bits, which window passes of fa3 do not serve",
         ),
         ({"attention_backend": "triton"}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0), ""),
@@ -125,4 +125,24 @@ def test_what_sglang_chose_itself_is_no_wish() -> None:
     draft = DraftConfig.load(embedded.DRAFT)
     asked = SimpleNamespace(**ASKED)
     assert cuda.unserved(asked, settled, draft, TARGET, (8, 0)) == ""
-    assert cuda.attention_backend(asked, "auto") == "fa3"
+    assert cuda.attention_backend(asked, "auto", TARGET) == "fa3"
+
+
+@pytest.mark.parametrize(
+    ("asked", "needs", "backend"),
+    [
+        ({}, {Need.FP8_CACHE}, "flashinfer"),
+        ({}, {Need.FP8_CACHE, Need.DELTA_NETS}, "triton"),
+        ({}, {Need.DELTA_NETS}, "fa3"),
+        ({}, {Need.FP8_CACHE, Need.OTHER_LAYERS}, "fa3"),  # which then says what it lacks, as every one would
+        ({"attention_backend": "fa3"}, {Need.FP8_CACHE}, "fa3"),
+        ({"attention_backend": "triton"}, {Need.FP8_CACHE}, "triton"),
+        ({"dtype": "float32"}, {Need.FP8_CACHE}, "plain_torch"),
+    ],
+)
+def test_the_first_backend_that_can_serves_where_none_is_asked_for(
+    asked: dict[str, Any], needs: set[Need], backend: str
+) -> None:
+    target = dataclasses.replace(TARGET, needs=dict.fromkeys(needs, "it asks"))
+    arguments = SimpleNamespace(**{**ASKED, **asked})
+    assert cuda.attention_backend(arguments, arguments.dtype, target) == backend

@@ -18,6 +18,7 @@ BACKENDS = {
     FA4: Backend(FA4, frozenset({Need.DELTA_NETS}), (64, 128)),  # on Blackwell its kernel of size 256 reads no pages
     PLAIN_ATTENTION: Backend(PLAIN_ATTENTION),
 }
+BY_ITSELF = FAST_ATTENTION, FLASHINFER, TRITON  # where nobody asks for one
 # First numbers of the compute capabilities that a backend is made for; the others are for any.
 FAST_CAPABILITIES = 8, 9
 CAPABILITIES = {FAST_ATTENTION: FAST_CAPABILITIES, FA4: (9, 10)}
@@ -43,16 +44,18 @@ def check_room(requests: int, room: int) -> None:
         raise ValueError(f"graphs of {requests} requests need tables of as many, and room was made for {room}")
 
 
-def attention_backend(asked: Any, dtype: str) -> str:
-    """Which attention backend serves target and draft at this --dtype: FlashAttention-3, or another one of ours if that
-    is asked for. All of them take 16 bits only.
+def attention_backend(asked: Any, dtype: str, target: Target) -> str:
+    """Which attention backend serves target and draft at this --dtype: one of ours that the user asks for, else the
+    first that does what the target needs. All of them take 16 bits only.
 
     asked: what the user gave. "auto" is never float32: SGLang serves a checkpoint in float32 as float16.
     """
     if dtype in ("float32", "float"):
         return PLAIN_ATTENTION
     wishes = asked.attention_backend, asked.prefill_attention_backend, asked.decode_attention_backend
-    return next((wish for wish in wishes if wish in (FLASHINFER, TRITON, FA4)), FAST_ATTENTION)
+    able = (name for name in BY_ITSELF if not any(BACKENDS[name].lacks(target)))
+    asked_for = (wish for wish in wishes if wish in _MAKERS)
+    return next(asked_for, next(able, FAST_ATTENTION))
 
 
 def made_for(backend: str, capability: tuple[int, int]) -> bool:
@@ -72,7 +75,7 @@ def unserved(
         return f"--tp-size {arguments.tp_size} is more than one, and trees have been shared by ranks on CPUs alone"
     if capability < LEAST_CAPABILITY:
         return "the GPU has compute capability {}.{}, and trees need {}.{}".format(*capability, *LEAST_CAPABILITY)
-    backend = attention_backend(asked, arguments.dtype)
+    backend = attention_backend(asked, arguments.dtype, target)
     if not made_for(backend, capability):
         others = either([name for name in _MAKERS if made_for(name, capability)])
         return (
