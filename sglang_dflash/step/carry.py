@@ -92,9 +92,18 @@ def _slots_after(batch: Any, reqs: Sequence[Any]) -> list[int]:
     if len(reqs) == 1:
         page_size = batch.token_to_kv_pool_allocator.page_size
         lacking = _pages(ends[0], page_size) - _pages(reqs[0].kv.kv_allocated_len, page_size)
-        if lacking > batch.token_to_kv_pool_allocator.available_size() + batch.tree_cache.evictable_size():
+        if lacking > _room(batch):
             return [_least(ends[0], reqs[0], page_size)]
     return ends
+
+
+def _room(batch: Any) -> int:
+    """Slots that the pool can still give: of two pools, one of sliding layers, those that both can."""
+    allocator, cache = batch.token_to_kv_pool_allocator, batch.tree_cache
+    if not cache.supports_swa():
+        return int(allocator.available_size() + cache.evictable_size())
+    full = allocator.full_available_size() + cache.full_evictable_size()
+    return int(min(full, allocator.swa_available_size() + cache.swa_evictable_size()))
 
 
 def _wanted(batch: Any, reqs: Sequence[Any]) -> list[int]:

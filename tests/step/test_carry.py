@@ -41,7 +41,7 @@ def batch_of(reqs: list[Any], pool: Pool, columns: int) -> Any:
         reqs=reqs,
         device="cpu",
         token_to_kv_pool_allocator=pool,
-        tree_cache=SimpleNamespace(evictable_size=lambda: 0),
+        tree_cache=SimpleNamespace(supports_swa=lambda: False, evictable_size=lambda: 0),
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(len(reqs), columns)),
         req_pool_indices=torch.arange(len(reqs)),
         maybe_evict_swa=lambda: None,
@@ -102,6 +102,22 @@ def test_the_last_request_fills_the_pool(monkeypatch: pytest.MonkeyPatch, page_s
     assert carry.new_tokens_required(None, batch, [req], page_size) <= pool.free
     held, most = prepare(monkeypatch, batch, window).bounds[:, 0].tolist()
     assert most == 62 <= held <= slots
+
+
+@pytest.mark.parametrize(("full", "sliding"), [(40, 9), (9, 40), (40, 40), (9, 9)])
+def test_of_two_pools_the_scarcer_one_says_what_the_last_request_gets(
+    monkeypatch: pytest.MonkeyPatch, full: int, sliding: int
+) -> None:
+    """Free slots, and some that the prefix cache would give back."""
+    req = make(30, 8)
+    batch = batch_of([req], Pool(100, 1), 500)
+    batch.token_to_kv_pool_allocator.full_available_size = lambda: full - 6
+    batch.token_to_kv_pool_allocator.swa_available_size = lambda: sliding - 6
+    batch.tree_cache = SimpleNamespace(
+        supports_swa=lambda: True, full_evictable_size=lambda: 6, swa_evictable_size=lambda: 6
+    )
+    held, most = prepare(monkeypatch, batch, 16).bounds[:, 0].tolist()
+    assert (held, most) == (62 if (full, sliding) == (40, 40) else 38, 38)
 
 
 def test_two_requests_in_a_full_pool_are_not_both_kept(monkeypatch: pytest.MonkeyPatch) -> None:
