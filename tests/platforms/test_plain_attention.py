@@ -85,8 +85,9 @@ class World:
             return backend.forward(q, k, v, self.layer, batch, **asked).view(-1, HEADS, HEAD_DIM)
 
     def slide_apart(self) -> World:
-        """Keep the layer's keys in a pool of their own, as a server does: of the prefix no more than a window, and in the
-        first row, where all other slots lead, what no query may see.
+        """Keep the layer's keys in a pool of their own, as a server does: of the prefix no more than a window.
+
+        The first row, where all other slots lead, holds what no query may see.
         """
         window = self.layer.sliding_window_size
         pool = SWAKVPool(POOL, POOL // 2, 1, torch.float32, KV_HEADS, HEAD_DIM, [0], [1], "cpu",
