@@ -287,7 +287,7 @@ def _settled_admission(server_args: Any, chosen: Options) -> dict[str, int]:
 
 def _settled_pool(server_args: Any, on_cpu: bool) -> dict[str, Any]:
     """Sliding layers keep their keys in a smaller pool beside that of full layers, whose slots the draft's context has
-    too. Where no layer is a full one SGLang would free those slots, and on CUDA window passes read one pool.
+    too. Where all layers slide SGLang would free those slots; on CUDA two pools have not been seen with trees.
     """
     target = _target(server_args)
     return {"disable_hybrid_swa_memory": True} if target.two_pools and not (on_cpu and target.full_layers) else {}
