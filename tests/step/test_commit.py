@@ -34,9 +34,8 @@ def pool() -> SWAKVPool:
     return made
 
 
-def slots_of_two(pool: SWAKVPool) -> Tensor:
+def slots_of_two(pool: SWAKVPool, allocator: SWATokenToKVPoolAllocator) -> Tensor:
     """Each request's slots by position, [2, 40], when all but its last have slid out of the window."""
-    allocator = SWATokenToKVPoolAllocator(SLOTS, ROWS, 1, torch.float32, "cpu", pool, need_sort=False)
     slots = torch.empty(2, 0, dtype=torch.int64)
     for _ in range(8):
         slots = torch.cat([slots, allocator.alloc(2 * W).view(W, 2).T], 1)
@@ -68,14 +67,18 @@ def moved(part: MHATokenToKVPool, before: list[Tensor], rows: Tensor, taken: lis
     return all(map(torch.equal, [*part.k_buffer, *part.v_buffer], want))
 
 
-@pytest.mark.parametrize("bug", ["", "only full layers'", "by the slots of full layers"])
+@pytest.mark.parametrize("bug", ["", "only full layers'", "by the slots of full layers", "by a table of earlier"])
 def test_each_pool_s_rows_are_moved_by_its_own_slots(pool: SWAKVPool, bug: str) -> None:
-    slots = slots_of_two(pool)
+    allocator = SWATokenToKVPoolAllocator(SLOTS, ROWS, 1, torch.float32, "cpu", pool, need_sort=False)
+    earlier = pool.full_to_swa_index_mapping.clone()
+    slots = slots_of_two(pool, allocator)
     parts = (pool.full_kv_pool, slots[:, -W:]), (pool.swa_kv_pool, pool.translate_loc_from_full_to_swa(slots[:, -W:]))
     before = [[buffer.clone() for buffer in [*part.k_buffer, *part.v_buffer]] for part, _ in parts]
     pools = pools_of(pool)
     if bug == "only full layers'":
         pools = pools[:1]
+    elif bug == "by a table of earlier":
+        pools = [pools[0], Pools(pools[1].tensors, pools[1].addresses, earlier)]
     elif bug:
         pools = [pools[0], Pools(pools[1].tensors, pools[1].addresses)]
         slots = slots % (ROWS + 1)  # which the smaller pool has
