@@ -34,7 +34,7 @@ class Target:
 
     dtype: of its activations, as torch names it. quantization: SGLang's name of the method, empty for none.
     needs: what not every attention backend does, in words. two_pools: SGLang keeps keys of sliding layers in a pool of
-    their own. unserved: why no platform serves it, empty if one may.
+    their own, if it is let. full_layers: some layer slides not. unserved: why no platform serves it, empty if one may.
     """
 
     hidden_size: int
@@ -45,6 +45,7 @@ class Target:
     quantization: str
     needs: Mapping[Need, str]
     two_pools: bool
+    full_layers: bool
     unserved: str
 
     @classmethod
@@ -61,6 +62,7 @@ class Target:
             quantization=model_config.quantization or "",
             needs=dict(_needs(model_config, quantised, kv_cache_dtype)),
             two_pools=model_config.is_hybrid_swa,
+            full_layers=model_config.full_attention_layer_ids != [],
             unserved=next(_unserved(model_config, checkpoint, quantised, kv_cache_dtype, dtype), ""),
         )
 

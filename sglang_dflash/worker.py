@@ -37,7 +37,7 @@ from sglang_dflash.metrics import step_metrics
 from sglang_dflash.step import ranks
 from sglang_dflash.step.carry import Carry
 from sglang_dflash.step.commit import commit
-from sglang_dflash.step.draft_pass import DraftRunner, rows_of
+from sglang_dflash.step.draft_pass import DraftRunner, pools_of
 from sglang_dflash.step.grammar import NodeMasks
 from sglang_dflash.step.penalties import Penalised, Penalties
 from sglang_dflash.step.plan import Planner
@@ -94,7 +94,7 @@ class DFlashWorker(BaseSpecWorker):
         with draft_pp_context(), draft_tp_context(self.draft.layout):
             super().init_attention_backends()
         self.draft.bind_pools()
-        self._target_pools = rows_of(self.target.token_to_kv_pool)
+        self._target_pools = pools_of(self.target.token_to_kv_pool)
         if states := getattr(self.target.attn_backend, "linear_attn_backend", None):
             states.chains = self.options.chain
         requests, on_gpu = len(self.target.req_to_token_pool.req_to_token), self.target.device == "cuda"

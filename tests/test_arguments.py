@@ -490,15 +490,21 @@ def test_where_nodes_cost_states_fewer_are_drafted_unless_more_are_asked_for(
 
 
 @pytest.mark.parametrize("family", [MUSE, GPT_OSS])
-def test_a_plain_cpu_serves_sliding_targets_from_one_pool(
+def test_a_plain_cpu_serves_sliding_targets_from_two_pools(
     pair: embedded.Pair, make_target: Callable[..., str], family: dict[str, Any]
 ) -> None:
-    """A tree's keys are moved by one slot for all layers."""
     target = make_target(**family)
     assert reason(target=target) == "" and reason(target=target, disable_hybrid_swa_memory=True) == ""
+    given = {"model_path": target, "speculative_draft_model_path": str(embedded.DRAFT)}
+    assert not resolving_view(resolve(**given)).disable_hybrid_swa_memory
+    assert resolving_view(resolve(**given, disable_hybrid_swa_memory=True)).disable_hybrid_swa_memory
+
+
+def test_a_target_whose_layers_all_slide_has_one_pool(pair: embedded.Pair, make_target: Callable[..., str]) -> None:
+    """Slots behind the window would be free for others, and the draft sees the context's keys there."""
+    target = make_target(**{**MUSE, "layer_types": ["sliding_attention"] * 30})
     settled = resolve(model_path=target, speculative_draft_model_path=str(embedded.DRAFT))
     assert resolving_view(settled).disable_hybrid_swa_memory
-    assert not resolving_view(resolve()).disable_hybrid_swa_memory
 
 
 def test_sliding_layers_with_keys_of_another_shape_are_handed_over(

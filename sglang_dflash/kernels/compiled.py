@@ -180,7 +180,7 @@ def commit_rows(
 
 def move_rows(pools: Pools, source: Tensor, destination: Tensor, bs: int) -> None:
     row = pools.tensors[0][0]
-    library().move_rows(pools.addresses, source, destination, bs, row.nbytes)
+    library().move_rows(pools.addresses, pools.rows_by_slot, source, destination, bs, row.nbytes)
 
 
 def write_context(

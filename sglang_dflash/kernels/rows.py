@@ -11,16 +11,18 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Pools:
-    """Cache tensors of one shape [slots, heads, size] that the same slots index, such as all layers' keys and values.
+    """Cache tensors of one shape [rows, heads, size] that the same slots index, such as all layers' keys and values.
 
     addresses [pools] int64, on their device: where each begins, for a kernel that serves all in one launch.
+    rows_by_slot [slots] int64: a slot's row here, of layers that do not keep all slots; None: its number.
     """
 
     tensors: list[Tensor]
     addresses: Tensor
+    rows_by_slot: Tensor | None = None
 
     @classmethod
-    def of(cls, tensors: list[Tensor]) -> Pools:
+    def of(cls, tensors: list[Tensor], rows_by_slot: Tensor | None = None) -> Pools:
         """Raises ValueError where the tensors are not contiguous or not of one shape."""
         first = tensors[0]
         if any(t.shape != first.shape or not t.is_contiguous() for t in tensors):
@@ -28,7 +30,7 @@ class Pools:
                 f"a KV pool's layers have shapes {[tuple(t.shape) for t in tensors]} or another layout than "
                 "[slots, heads, size]: such a pool is not served"
             )
-        return cls(tensors, torch.tensor([t.data_ptr() for t in tensors], device=first.device))
+        return cls(tensors, torch.tensor([t.data_ptr() for t in tensors], device=first.device), rows_by_slot)
 
 
 def open_window(
@@ -88,6 +90,8 @@ def commit_rows(
 
 def move_rows(pools: Pools, source: Tensor, destination: Tensor, bs: int) -> None:
     """`cache[destination] = cache[source]` in every cache, with what `commit_rows` gave for bs requests."""
+    if pools.rows_by_slot is not None:
+        source, destination = pools.rows_by_slot[source], pools.rows_by_slot[destination]
     for pool in pools.tensors:
         pool[destination] = pool[source]
 

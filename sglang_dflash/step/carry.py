@@ -45,8 +45,8 @@ class Carry(DFlashDraftInputV2):
             return
         batch.maybe_evict_swa()
         held = [req.kv.kv_allocated_len for req in reqs]
-        ends = _slots_after(batch, reqs)
-        self.drafting = [not depends_on_history(req) for req in reqs]
+        ends, scarce = _slots_after(batch, reqs)
+        self.drafting = [not (scarce or depends_on_history(req)) for req in reqs]
         most = [_most_tokens(req) if drafts else 0 for req, drafts in zip(reqs, self.drafting, strict=True)]
         on_host = torch.from_numpy(np.array([held, ends, most]))  # a quarter of the time that torch takes over lists
         if str(batch.device).startswith("cuda"):
@@ -78,44 +78,60 @@ def new_tokens_required(original: Any, batch: Any, requests: Sequence[Any], page
     """Around SGLang's count of the slots that the next step of these requests takes from the pool."""
     wanted = _wanted(batch, requests)
     if len(requests) == 1:
-        wanted = [_least(wanted[0], requests[0], page_size)]
+        wanted = [_least(requests[0], page_size)]
     held = [_pages(req.kv.kv_allocated_len, page_size) for req in requests]
     return sum(_pages(end, page_size) for end in wanted) - sum(held)
 
 
-def _slots_after(batch: Any, reqs: Sequence[Any]) -> list[int]:
-    """How many slots each request holds once its next step is prepared.
+def _slots_after(batch: Any, reqs: Sequence[Any]) -> tuple[list[int], bool]:
+    """How many slots each request holds once its next step is prepared; and whether they are scarce.
 
-    The last request in a full pool gets what it may ever need: a window that has no room there is walked at its root.
+    The last request in a full pool gets what it may ever need, where a window that has no room is walked at its root.
+    If even that is not there (the pool of sliding layers gets slots back on the way), it goes on as in plain decoding.
     """
-    ends = _wanted(batch, reqs)
-    if len(reqs) == 1:
-        page_size = batch.token_to_kv_pool_allocator.page_size
-        lacking = _pages(ends[0], page_size) - _pages(reqs[0].kv.kv_allocated_len, page_size)
-        if lacking > batch.token_to_kv_pool_allocator.available_size() + batch.tree_cache.evictable_size():
-            return [_least(ends[0], reqs[0], page_size)]
-    return ends
+    wanted = _wanted(batch, reqs)
+    if len(reqs) > 1:
+        return wanted, False
+    page_size, held = batch.token_to_kv_pool_allocator.page_size, reqs[0].kv.kv_allocated_len
+    there = _pages(held, page_size) + _room(batch)
+    for end in (wanted[0], max(held, _pages(_most_tokens(reqs[0]), page_size))):
+        if _pages(end, page_size) <= there:
+            return [end], False
+    return [_least(reqs[0], page_size)], True
+
+
+def _room(batch: Any) -> int:
+    """Slots that the pool can still give: of two pools, one of sliding layers, those that both can."""
+    allocator, cache = batch.token_to_kv_pool_allocator, batch.tree_cache
+    if not cache.supports_swa():
+        return int(allocator.available_size() + cache.evictable_size())
+    full = allocator.full_available_size() + cache.full_evictable_size()
+    return int(min(full, allocator.swa_available_size() + cache.swa_evictable_size()))
 
 
 def _wanted(batch: Any, reqs: Sequence[Any]) -> list[int]:
-    """Of each request, a window behind the committed prefix, and one more for the step whose result the host has not
-    seen.
+    """Of each request, a window behind the committed prefix, one more for the step whose result the host has not seen,
+    and a slot for the root behind both.
 
     No more than the slot table has columns: a row's end is the next request's beginning. Columns reach a window beyond
     the longest request, so the table cuts off only what the host's lag would take.
     """
     page_size = batch.token_to_kv_pool_allocator.page_size
     room = batch.req_to_token_pool.req_to_token.shape[1] // page_size * page_size
-    ahead = 2 * int(get_spec().speculative_num_draft_tokens)
+    ahead = 2 * int(get_spec().speculative_num_draft_tokens) + 1
     kvs = [req.kv for req in reqs]
     return [
         max(kv.kv_allocated_len, min(_pages(kv.kv_committed_len + ahead, page_size), room)) for kv in kvs
     ]
 
 
-def _least(wanted: int, req: Any, page_size: int) -> int:
-    """No more than what the request may ever come to: at most what plain decoding would hold in the end."""
-    return max(req.kv.kv_allocated_len, min(_pages(_most_tokens(req), page_size), wanted))
+def _least(req: Any, page_size: int) -> int:
+    """Slots for the next step's root, none beyond the request's end.
+
+    Of the step before, whose result the host has not seen, this knows that it took one token, if slots were scarce; if
+    not, whatever it took, what was wanted for it holds the next root too.
+    """
+    return max(req.kv.kv_allocated_len, _pages(min(req.kv.kv_committed_len + 2, _most_tokens(req)), page_size))
 
 
 def _most_tokens(req: Any) -> int:

@@ -12,7 +12,7 @@ from sglang_dflash.tree import DraftTree, Walk
 
 
 def commit(
-    window: Window, tree: DraftTree, walked: Walk, features: Tensor, pools: Pools, draft: DraftRunner
+    window: Window, tree: DraftTree, walked: Walk, features: Tensor, pools: list[Pools], draft: DraftRunner
 ) -> None:
     """Move the walked rows of the target's KV to the window's front, and write their features as draft KV.
 
@@ -22,5 +22,6 @@ def commit(
         window.slots, window.prefix_lens, walked.nodes, walked.lens, tree.tokens.shape[1]
     )
     if tree.max_depth > 0 and not draft.options.chain:  # a chain's accepted rows, and a root, are at the front already
-        kernels.move_rows(pools, source, destination, len(walked.lens))
+        for pool in pools:
+            kernels.move_rows(pool, source, destination, len(walked.lens))
     draft.write_context(features[rows], positions, slots)

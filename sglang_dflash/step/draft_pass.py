@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MHATokenToKVPool
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.draft_parallel import model_draft_parallel_spec, resolve_draft_parallel_layout
@@ -200,10 +201,17 @@ class KnownNoise:
         return Noise(*(x[:bs] for x in self._noise))
 
 
-def rows_of(pool: Any) -> Pools:
+def pools_of(pool: Any) -> list[Pools]:
+    """The parts of a target's KV pool: one, or of a target with sliding layers the full ones' and theirs."""
+    if isinstance(pool, SWAKVPool):
+        return [rows_of(pool.full_kv_pool), rows_of(pool.swa_kv_pool, pool.full_to_swa_index_mapping)]
+    return [rows_of(pool)]
+
+
+def rows_of(pool: Any, rows_by_slot: Tensor | None = None) -> Pools:
     """A KV pool's layers, keys then values, for kernels that move rows. Raises ValueError for another kind of pool.
 
-    Of a pool beside layers that keep a state, those layers that have keys.
+    Of a pool beside layers that keep a state, those layers that have keys. rows_by_slot: as Pools'.
     """
     if isinstance(pool, HybridLinearKVPool):
         pool = pool.full_kv_pool
@@ -212,4 +220,4 @@ def rows_of(pool: Any) -> Pools:
             f"DFLASH moves rows [heads, size] of a KV pool, and this server's is a {type(pool).__name__} of layout "
             f"{getattr(pool, 'kv_cache_layout', None)!r}: leave out what asks for it, or serve without DFLASH"
         )
-    return Pools.of([*pool.k_buffer, *pool.v_buffer])
+    return Pools.of([*pool.k_buffer, *pool.v_buffer], rows_by_slot)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from client import Body, generate
@@ -20,6 +21,9 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "tiny_models.py"
 TOKENS, WINDOW, WORDS, CHUNK = 40, 16, 92, 64
 IMAGE = [92, 94, 93]  # its beginning, its place, its end
 RETRACT = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "12"}
+SLIDING = {
+    **RETRACT, "SGLANG_SWA_EVICTION_INTERVAL": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+}  # fmt: skip
 GREEDY = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="window passes on a GPU have not been seen with these families")
@@ -41,6 +45,12 @@ def some_prompts(*lens: int) -> list[list[int]]:
     return [torch.randint(3, WORDS, (n,)).tolist() for n in lens]
 
 
+def slots_of_pools(url: str) -> tuple[int, int]:
+    """A server's, of layers that see all and of those that slide."""
+    (state,) = httpx.get(f"{url}/server_info", timeout=60).json()["internal_states"]
+    return state["memory_usage"]["token_capacity"], state["memory_usage"]["token_capacity_swa"]
+
+
 def verified(answer: Body) -> torch.Tensor:
     return torch.tensor([row[0] for row in answer["meta_info"]["output_token_logprobs"]])
 
@@ -48,10 +58,14 @@ def verified(answer: Body) -> torch.Tensor:
 def test_sliding_windows_sinks_and_clamped_experts_say_what_transformers_does(serve: Serve, tmp_path: Path) -> None:
     """Token by token, in log-probability: random models have near-ties, so that texts alone tell little. Then each text
     again with more behind it, by the prefix cache.
+
+    Sliding layers keep little in a pool of their own: what slides out of the window is taken back at once. After each
+    step every slot of both pools is accounted for, under retraction.
     """
     target, arguments = make("gpt-oss", tmp_path)
     prompts = some_prompts(1, WINDOW - 1, WINDOW + 1, 3 * WINDOW, 90, 7)
-    with serve(*arguments, "--page-size", str(WINDOW)) as url:
+    with serve(*arguments, "--page-size", str(WINDOW), "--swa-full-tokens-ratio", "0.2", env=SLIDING) as url:
+        assert slots_of_pools(url) == (4096, 816)
         asked: list[Body] = [{"input_ids": ids, "sampling_params": GREEDY, "return_logprob": True} for ids in prompts]
         answers = generate(url, asked, len(asked))
         texts = [ids + answer["output_ids"] for ids, answer in zip(prompts, answers, strict=True)]

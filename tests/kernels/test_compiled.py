@@ -157,11 +157,14 @@ def test_walk_and_commit(n: int, d: int, limited: bool) -> None:
     slots = 1 + torch.randperm(bs * (4 * n + 20)).view(bs, -1)[:, : n + 3].contiguous()
     agree("commit_rows", slots, torch.tensor([5, 0, 70]), nodes, lens, n + 1)
     source, destination, *_ = compiled.commit_rows(slots, torch.tensor([5, 0, 70]), nodes, lens, n + 1)
-    caches = [torch.randn(bs * (4 * n + 20) + 1, 3, 40).to(torch.bfloat16) for _ in range(4)]
-    got, want = ([cache.clone() for cache in caches] for _ in range(2))
-    compiled.move_rows(Pools.of(got), source, destination, bs)
-    plain.move_rows(Pools.of(want), source, destination, bs)
-    assert all(map(torch.equal, got, want))
+    rows = torch.zeros(bs * (4 * n + 20) + 1, dtype=torch.int64)  # of a pool that keeps the windows alone
+    rows[slots.flatten()] = 1 + torch.randperm(slots.numel())
+    for rows_by_slot, room in ((None, len(rows)), (rows, slots.numel() + 1)):
+        caches = [torch.randn(room, 3, 40).to(torch.bfloat16) for _ in range(4)]
+        got, want = ([cache.clone() for cache in caches] for _ in range(2))
+        compiled.move_rows(Pools.of(got, rows_by_slot), source, destination, bs)
+        plain.move_rows(Pools.of(want, rows_by_slot), source, destination, bs)
+        assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.parametrize(("bs", "w", "block"), [(1, 1, 1), (3, 64, 16), (70, 3, 3)])

@@ -16,6 +16,7 @@ import sglang.srt.layers.attention as sglang_attention
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_dflash import kernels
 from sglang_dflash.platforms.cuda import SHORT_PREFIX
@@ -236,6 +237,23 @@ def test_a_sliding_layer_goes_to_the_one_op_with_each_row_s_first_key(
     assert torch.equal(asked[3], mask & near) and not near.all()
     assert called[-1][1][3] is asked[3], "worked out once a pass"
     assert full[3] is backend._mask and (full[-5:-3] == (reach, None) if in_one else full[-1] == 0.0)
+
+
+def test_a_sliding_layer_with_a_pool_of_its_own_has_its_pages_and_slots(
+    backend: Any, called: list[tuple[str, Any]]
+) -> None:
+    pool = object.__new__(SWAKVPool)
+    pool.layers_mapping = {0: (0, False), 1: (0, True)}
+    pool.get_kv_buffer = lambda layer: (f"keys {layer}", f"values {layer}")
+    backend.token_to_kv_pool, tables = pool, backend.forward_metadata
+    tables.swa_page_table, tables.swa_out_cache_loc = object(), "own slots"
+    positions, mask = torch.arange(WIDE).repeat(2, 1), torch.ones(2, WIDE, WIDE, dtype=torch.bool)
+    run_layers(backend, positions, mask, SHORT_PREFIX, layer(), layer(layer_id=1, sliding_window_size=9))
+    asked = [(given[5], *given[7:10]) for _, given in called]
+    assert asked == [
+        (tables.page_table, "keys 0", "values 0", "slots"),
+        (tables.swa_page_table, "keys 1", "values 1", "own slots"),
+    ]
 
 
 def test_layers_with_sinks_go_to_the_one_op_behind_any_prefix(backend: Any, called: list[tuple[str, Any]]) -> None:

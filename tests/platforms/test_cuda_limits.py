@@ -30,6 +30,7 @@ TARGET = Target(
     quantization="",
     needs={},
     two_pools=False,
+    full_layers=True,
     unserved="",
 )
 

@@ -20,6 +20,7 @@ import sglang.srt.layers.attention as sglang_attention
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 HEADS, KV_HEADS, SIZE, ROWS, COLUMNS = 4, 2, 8, 6, 400
 # SGLang's module and class, and ours, by the name of an attention backend.
@@ -32,6 +33,7 @@ OURS = {"flashinfer": "FlashInferWindows", "triton": "TritonWindows", "fa4": "Fl
 OWN = {"flashinfer": {"init_new_workspace": False}, "triton": {}, "fa4": {"fa_impl_ver": 4}}  # what they are made with
 # Prefixes of a batch, and of the pass that replays its graph: the last of three requests only pads the second.
 LENS, LATER = (1, 100, 257), (300, 7, 1)
+REQUESTS = (3, 0, 5)  # their rows in SGLang's table of slots
 
 
 class FakeBase(AttentionBackend):
@@ -58,8 +60,30 @@ class FakeBase(AttentionBackend):
         return "SGLang's"
 
 
-def backend(name: str, page_size: int) -> Any:
-    """Ours over the fake, beside a pool whose every slot holds something; what no op may read is not a number."""
+class TwoPools(SWAKVPool):
+    """The only layer slides, and has a pool of its own: of each prefix the last `window` keys and what comes behind.
+
+    All other slots lead to row 0, which holds what no query may see.
+    """
+
+    def __init__(self, whole: torch.Tensor, slots: torch.Tensor, window: int) -> None:
+        self.layers_mapping = {0: (0, True)}
+        ends = [(n, row) for lens in (LENS, LATER) for n, row in zip(lens, REQUESTS, strict=True)]
+        alive = torch.cat([slots[row, max(0, n - window) : n + window] for n, row in ends]).unique()
+        self.full_to_swa_index_mapping = torch.zeros(whole.shape[1] + 1, dtype=torch.int64)
+        self.full_to_swa_index_mapping[alive] = 1 + torch.randperm(len(alive))
+        self.caches = torch.full((2, len(alive) + 1, KV_HEADS, SIZE), 1e4)
+        self.caches[:, self.full_to_swa_index_mapping[alive]] = whole[:, alive]
+
+    def get_kv_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.caches
+
+
+def backend(name: str, page_size: int, own_pool: int = 0) -> Any:
+    """Ours over the fake, beside a pool whose every slot holds something; what no op may read is not a number.
+
+    own_pool: the window of a layer whose keys have a pool of their own.
+    """
     module, base = THEIRS[name]
     fake = ModuleType(module)
     setattr(fake, base, FakeBase)
@@ -70,14 +94,17 @@ def backend(name: str, page_size: int) -> Any:
     pages = 1 + torch.randperm(ROWS * COLUMNS // page_size)
     slots = (pages[:, None] * page_size + torch.arange(page_size)).view(ROWS, -1)[:, : COLUMNS - page_size]
     caches = torch.randn(2, (len(pages) + 1) * page_size, KV_HEADS, SIZE)
-    return ours(
+    one_pool = SimpleNamespace(get_kv_buffer=lambda layer: caches)
+    made = ours(
         SimpleNamespace(
             init_new_workspace=False,
             device="cpu",
             req_to_token_pool=SimpleNamespace(req_to_token=slots.int()),
-            token_to_kv_pool=SimpleNamespace(get_kv_buffer=lambda layer: caches),
+            token_to_kv_pool=TwoPools(caches, slots, own_pool) if own_pool else one_pool,
         )
     )
+    made.whole = caches
+    return made
 
 
 def batch(lens: tuple[int, ...], rows: tuple[int, ...], width: int, mask: torch.Tensor | None) -> Any:
@@ -113,7 +140,7 @@ def reference(
     one: Any, given: Any, mask: torch.Tensor, qkv: list[torch.Tensor], reach: int, slides: int
 ) -> torch.Tensor:
     """Each row by itself: softmax over the keys that it sees, prefix and window one after the other."""
-    caches, width = one.token_to_kv_pool.get_kv_buffer(0), mask.shape[1]
+    caches, width = one.whole, mask.shape[1]
     q, k, v = (x.view(len(mask), width, -1, SIZE) for x in qkv)
     out = torch.zeros(len(mask), width, HEADS, SIZE)
     for b, (length, row) in enumerate(zip(given.seq_lens.tolist(), given.req_pool_indices.tolist(), strict=True)):
@@ -130,9 +157,11 @@ def reference(
     return out.view(len(mask) * width, -1)
 
 
-def error(name: str, page_size: int, width: int, reach: int, slides: int, captured: bool) -> float:
+def error(
+    name: str, page_size: int, width: int, reach: int, slides: int, captured: bool, own_pool: bool
+) -> float:
     """How far a pass is from the reference; a captured one replays what was recorded of other requests."""
-    one, rows = backend(name, page_size), (3, 0, 5)
+    one, rows = backend(name, page_size, slides if own_pool else 0), REQUESTS
     one.reach, one.masks_are_causal = reach, True
     mask = ancestors(3, width)
     if captured:
@@ -143,6 +172,7 @@ def error(name: str, page_size: int, width: int, reach: int, slides: int, captur
         for lens in (LENS, LATER):
             buffers.seq_lens.copy_(torch.tensor(lens))
             buffers.req_pool_indices.copy_(torch.tensor(rows))
+            buffers.out_cache_loc.copy_(behind(one, buffers, width))
             buffers.positions.copy_(batch(lens, rows, width, None).positions)
             buffers.spec_info.window_mask = mask[:2]  # of the requests that are there
             one.init_forward_metadata_out_graph(buffers)
@@ -151,6 +181,7 @@ def error(name: str, page_size: int, width: int, reach: int, slides: int, captur
         given = buffers
     else:
         given = batch(LENS, rows, width, mask)
+        given.out_cache_loc = behind(one, given, width)
         one.init_forward_metadata(given)
     assert not one.planned
     before = one.req_to_token_pool.req_to_token.clone()
@@ -158,14 +189,26 @@ def error(name: str, page_size: int, width: int, reach: int, slides: int, captur
     qkv = [torch.randn(3 * width, heads * SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     got = one.forward_extend(*qkv, layer(slides), given)
     one.req_to_token_pool.req_to_token.copy_(before)
+    written = given.out_cache_loc
+    if own_pool:
+        written = one.token_to_kv_pool.full_to_swa_index_mapping[written]
+    for cache, new in zip(one.token_to_kv_pool.get_kv_buffer(0), qkv[1:], strict=True):
+        assert torch.equal(cache[written], new.view(-1, KV_HEADS, SIZE))
     return (got - reference(one, given, mask, qkv, reach, slides)).abs().max().item()
 
 
+def behind(one: Any, given: Any, width: int) -> torch.Tensor:
+    """The slots of a window behind each prefix, [bs * w]."""
+    columns = given.seq_lens[:, None] + torch.arange(width)
+    return one.req_to_token_pool.req_to_token[given.req_pool_indices[:, None], columns].long().flatten()
+
+
 CASES = [
-    (name, page_size, width, reach, slides, captured)
+    (name, page_size, width, reach, slides, captured, own_pool)
     for name, page_size in (("flashinfer", 1), ("triton", 16), ("fa4", 50))
-    for width, reach, slides in ((1, 0, 0), (2, 0, 0), (16, 0, 0), (16, 60, 0), (9, 0, 4), (5, 30, 70))
+    for width, reach, slides in ((1, 0, 0), (2, 0, 0), (16, 0, 0), (16, 60, 0), (9, 0, 9), (5, 30, 70))
     for captured in (False, True)
+    for own_pool in ((False, True) if slides > reach else (False,))
 ]
 
 
@@ -217,12 +260,12 @@ def test_one_graph_is_recorded_of_each_batch_size(ours: Any) -> None:
 
 def test_tables_stay_where_the_first_graphs_found_them(ours: Any) -> None:
     ours.make_room({16: 4, 1: 9})
-    table = ours._graph_slots
-    assert table.shape == (9, ours.req_to_token_pool.req_to_token.shape[1])
+    table = ours._graph_tables
+    assert table.shape == (1, 9, ours.req_to_token_pool.req_to_token.shape[1])
     ours.init_cuda_graph_state(4, 64)  # as each width's graph runner asks
     ours.init_cuda_graph_state(9, 9)
     ours.init_forward_metadata_out_graph(batch((5, 6), (0, 1), 16, None), in_capture=True)
-    assert ours._graph_slots is table and ours.pages()[0].data_ptr() == table.data_ptr()
+    assert ours._graph_tables is table and ours.pages(own_pool=False)[0].data_ptr() == table.data_ptr()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_dflash.platforms import plain_attention
@@ -81,6 +83,26 @@ class World:
             backend.init_forward_metadata(batch)
             asked = {} if self.sinks is None else {"sinks": self.sinks}
             return backend.forward(q, k, v, self.layer, batch, **asked).view(-1, HEADS, HEAD_DIM)
+
+    def slide_apart(self) -> World:
+        """Keep the layer's keys in a pool of their own, as a server does: of the prefix no more than a window.
+
+        The first row, where all other slots lead, holds what no query may see.
+        """
+        window = self.layer.sliding_window_size
+        pool = SWAKVPool(POOL, POOL // 2, 1, torch.float32, KV_HEADS, HEAD_DIM, [0], [1], "cpu",
+                         token_to_kv_pool_class=CpuKVPool)  # fmt: skip
+        rows = torch.zeros(POOL + 1, dtype=torch.int64)
+        alive = torch.cat([s[max(0, p - window) :] for p, s in zip(self.prefix_lens, self.slots, strict=True)])
+        rows[alive] = 1 + torch.randperm(POOL // 2)[: len(alive)]
+        pool.register_mapping(rows)
+        for prefix, slots, k, v in zip(self.prefix_lens, self.slots, self.keys, self.values, strict=True):
+            where = KVWriteLoc(slots[:prefix], rows[slots[:prefix]])
+            pool.set_kv_buffer(self.layer, where, k[:prefix], v[:prefix])
+        for buffer in (pool.get_key_buffer(0), pool.get_value_buffer(0)):
+            buffer[0] = 1e4
+        self.pool = pool
+        return self
 
     def _new(self, per_request: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([x[p:] for p, x in zip(self.prefix_lens, per_request, strict=True)])
@@ -200,6 +222,22 @@ def test_a_reach_cuts_the_prefix_of_window_passes(
     if world.layer.sliding_window_size < 0:  # else the layer itself reaches no further
         assert (reached - world.reference(mask, reach + 1)).abs().max() > 1e-3
         assert (reached - world.reference(mask, reach - 1)).abs().max() > 1e-3
+
+
+@spans
+@pytest.mark.parametrize("mode", [ForwardMode.TARGET_VERIFY, ForwardMode.DECODE, ForwardMode.EXTEND])
+@pytest.mark.parametrize("reach", [0, 5])
+def test_sliding_layers_find_their_window_in_a_pool_of_their_own(
+    mode: ForwardMode, reach: int, span_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain_attention, "SPAN_TOKENS", span_tokens)
+    prefix_lens = [3, 50, 17, 0, 33]
+    world = World(prefix_lens, [1 if mode.is_decode() else 7] * 5, 1, sliding_window_size=6).slide_apart()
+    mask, bound = None, reach if mode.is_target_verify() else 0
+    if mode.is_target_verify():
+        mask, depth = random_trees(world.bs, 7)
+        world.positions = [p + d for p, d in zip(prefix_lens, depth, strict=True)]
+    assert_same(world.run(mode, mask, bound), world.reference(mask, bound or 10**9))
 
 
 @pages

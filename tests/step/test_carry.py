@@ -41,7 +41,7 @@ def batch_of(reqs: list[Any], pool: Pool, columns: int) -> Any:
         reqs=reqs,
         device="cpu",
         token_to_kv_pool_allocator=pool,
-        tree_cache=SimpleNamespace(evictable_size=lambda: 0),
+        tree_cache=SimpleNamespace(supports_swa=lambda: False, evictable_size=lambda: 0),
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(len(reqs), columns)),
         req_pool_indices=torch.arange(len(reqs)),
         maybe_evict_swa=lambda: None,
@@ -104,12 +104,56 @@ def test_the_last_request_fills_the_pool(monkeypatch: pytest.MonkeyPatch, page_s
     assert most == 62 <= held <= slots
 
 
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("room", [0, 2, 20, 60])
+@pytest.mark.parametrize("slides", [False, True])
+def test_the_last_request_goes_on_as_long_as_plain_decoding_would(
+    monkeypatch: pytest.MonkeyPatch, page_size: int, room: int, slides: bool
+) -> None:
+    """In a pool that holds it to its end and room more; or room beside what slides out of its window and comes back.
+
+    The host lags a step behind.
+    """
+    window, prompt, most = 16, 32, 200
+    req, rng = make(prompt, most - prompt), random.Random(page_size + room)
+    pool = Pool((2 * page_size if slides else most - prompt + page_size) + room, page_size)
+    batch, true, gone, walks = batch_of([req], pool, 500), prompt, 0, 0
+    monkeypatch.setattr(carry, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=window))
+    while true < most - 1:
+        while slides and gone + page_size <= req.kv.kv_committed_len - prompt:
+            gone, pool.free = gone + page_size, pool.free + page_size
+        assert carry.new_tokens_required(None, batch, [req], page_size) <= pool.free
+        made = prepare(monkeypatch, batch, window)
+        held, bound = made.bounds[:, 0].tolist()
+        assert true < held, "the root has a slot"
+        req.kv.kv_committed_len = true
+        walked = min(rng.randint(1, window), bound - true - 1) if bound and true + window <= held else 1
+        true, walks = min(true + walked, most - 1), walks + (walked > 1)
+    assert walks > 0 or (slides and room < 2 * window + 1)
+
+
+@pytest.mark.parametrize(("full", "sliding"), [(40, 9), (9, 40), (40, 40), (9, 9)])
+def test_of_two_pools_the_scarcer_one_says_what_the_last_request_gets(
+    monkeypatch: pytest.MonkeyPatch, full: int, sliding: int
+) -> None:
+    """Free slots, and some that the prefix cache would give back."""
+    req = make(30, 20)
+    batch = batch_of([req], Pool(100, 1), 500)
+    batch.token_to_kv_pool_allocator.full_available_size = lambda: full - 6
+    batch.token_to_kv_pool_allocator.swa_available_size = lambda: sliding - 6
+    batch.tree_cache = SimpleNamespace(
+        supports_swa=lambda: True, full_evictable_size=lambda: 6, swa_evictable_size=lambda: 6
+    )
+    held, most = prepare(monkeypatch, batch, 16).bounds[:, 0].tolist()
+    assert (held, most) == ((63, 50) if (full, sliding) == (40, 40) else (32, 0))
+
+
 def test_two_requests_in_a_full_pool_are_not_both_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carry, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=16))
     reqs = [make(40, 100), make(40, 100)]
     batch = batch_of(reqs, Pool(90, 1), 500)
     batch.token_to_kv_pool_allocator.free -= 80
-    assert carry.new_tokens_required(None, batch, reqs, 1) == 64 > 10
+    assert carry.new_tokens_required(None, batch, reqs, 1) == 66 > 10
 
 
 def test_a_request_whose_logits_depend_on_history_walks_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from torch import Tensor
 
 from sglang_dflash import kernels
@@ -44,8 +45,14 @@ class WindowAttention(AttentionBackend):
     reach = 0
     masks_are_causal = True
 
-    def pages(self) -> tuple[Tensor, int]:
-        """Where the prefixes of this pass are: [bs, P] int32, and how many slots a page has."""
+    def pages(self, own_pool: bool) -> tuple[Tensor, int]:
+        """Where the prefixes of this pass are: [bs, P] int32, and how many slots a page has. own_pool: in that of
+        sliding layers, where a page that is seen no more may be any.
+        """
+        raise NotImplementedError
+
+    def own_slots(self) -> Tensor:
+        """Where the window's keys go in the pool of sliding layers, [bs * w]."""
         raise NotImplementedError
 
     def ways(self, width: int) -> Any:
@@ -116,9 +123,15 @@ class WindowAttention(AttentionBackend):
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_v_head_num, layer.head_dim),
         )
-        window = forward_batch.out_cache_loc if save_kv_cache else None
+        slots = self.own_slots() if self._has_own_pool(layer) else forward_batch.out_cache_loc
+        window = slots if save_kv_cache else None
         out = self._attend(q, k, v, layer, window, sight, *self._seen_by(sight, forward_batch), sinks)
         return out.view(len(out), -1)
+
+    def _has_own_pool(self, layer: Any) -> bool:
+        """Whether this layer's keys are not in the pool that SGLang's slots count."""
+        pool = self.token_to_kv_pool
+        return isinstance(pool, SWAKVPool) and pool.layers_mapping[layer.layer_id][1]
 
     def _sight(self, layer: Any) -> Sight:
         sight = sight_of(layer, self.reach)
@@ -152,7 +165,7 @@ class WindowAttention(AttentionBackend):
             v,
             mask,
             self._prefix_lens,
-            *self.pages(),
+            *self.pages(self._has_own_pool(layer)),
             *self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
             slots,
             layer.scaling,

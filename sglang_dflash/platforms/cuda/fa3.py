@@ -41,8 +41,12 @@ class Ways:
 class FlashAttentionWindows(WindowAttention, flashattention_backend.FlashAttentionBackend):
     """SGLang's FlashAttention-3 backend, with window passes."""
 
-    def pages(self) -> tuple[Tensor, int]:
-        return self.forward_metadata.page_table, self.page_size
+    def pages(self, own_pool: bool) -> tuple[Tensor, int]:
+        tables = self.forward_metadata
+        return tables.swa_page_table if own_pool else tables.page_table, self.page_size
+
+    def own_slots(self) -> Tensor:
+        return self.forward_metadata.swa_out_cache_loc
 
     def ways(self, width: int) -> type[Ways] | None:
         return None if self._has_one_way(width) else Ways
