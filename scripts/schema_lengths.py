@@ -92,12 +92,12 @@ SCHEMAS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
 }
 
 
-def bodies(name: str, with_schema: bool) -> list[dict[str, Any]]:
+def bodies(name: str, with_schema: bool, count: int) -> list[dict[str, Any]]:
     schema, begin, ends = SCHEMAS[name]
     params: dict[str, Any] = {"temperature": 0, "max_new_tokens": TOKENS}
     if with_schema:
         params["json_schema"] = json.dumps(schema)
-    return [{"messages": [{"role": "user", "content": begin + end}], "sampling_params": params} for end in ends]
+    return [{"messages": [{"role": "user", "content": begin + end}], "sampling_params": params} for end in ends[:count]]
 
 
 def asked(url: str, requests: list[dict[str, Any]], at_once: int) -> tuple[list[dict[str, Any]], float]:
@@ -139,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--at-once", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=5, help="of each schema")
     parser.add_argument("--answers", type=Path, help="where the answers go")
     args, more = parser.parse_known_args()
     target = str(embedded.ensure().target)
@@ -150,7 +151,8 @@ def main() -> None:
 
     def asks(name: str, with_schema: bool) -> list[dict[str, Any]]:
         return [
-            {"input_ids": chat_ids(tokenizer, b.pop("messages")[0]["content"]), **b} for b in bodies(name, with_schema)
+            {"input_ids": chat_ids(tokenizer, b.pop("messages")[0]["content"]), **b}
+            for b in bodies(name, with_schema, args.prompts)
         ]
 
     rows: list[dict[str, Any]] = []
@@ -158,7 +160,7 @@ def main() -> None:
     serves = ["--log-level", "warning", "--speculative-algorithm", "DFLASH", *more]
     with serving("server", serves, Console(stderr=True, quiet=True)) as url:
         warm = [body for name in SCHEMAS for with_schema in (False, True) for body in asks(name, with_schema)]
-        asked(url, warm if args.at_once > 8 else warm[::5], args.at_once)  # schemas compiled, costs learned
+        asked(url, warm, args.at_once)  # schemas compiled, costs learned
         for with_schema in (False, True):
             every, all_seconds = [], 0.0
             for name in SCHEMAS:

@@ -4,13 +4,16 @@ A schema leaves little open between one value and the next: a comma, the next na
 leaves open there is white space, which is taken to go on as it went before. Inside a value nobody knows when it ends,
 but what comes once it does is known. A wrong guess costs a few nodes of a tree, never a token of the text: what is
 emitted are the target's own samples under the grammar's masks.
+
+What comes next hardly depends on what the values before were. So it is looked up by the text without them, and asked of
+the grammar anew only where that takes no such thing.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,9 +28,27 @@ FEW = 512  # words of a mask that hold tokens, where a grammar leaves little ope
 BRANCHES = 4  # ways that are told, where one of several comes
 LONGEST = 48  # bytes of all texts that are told
 SPACE = b" \t\n\r"
-STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
+KNOWN = 4096  # places in texts of which it is remembered what came next
+SHORT = 16  # bytes of a string that has not ended, which are told apart
+STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?+', re.DOTALL)
+VALUE = re.compile(STRING.pattern + rb"([ \t\n\r]*:)?|\d+", re.DOTALL)  # or a name, which a colon follows
 PRETTY = re.compile(rb"[{\[]\n( *)")
 COMPACT = re.compile(rb"[:,]( ?)[^\s]")
+
+
+@dataclass(frozen=True)
+class Coming:
+    """What may come next: texts, one of which must (sure) or may, and the same as a trie: tokens, and the places of
+    those before, as in `Leads`.
+    """
+
+    texts: list[bytes]
+    sure: bool
+    tokens: list[int]
+    before: list[int]
+
+
+NOTHING = Coming([], False, [], [])
 
 
 class Foresight:
@@ -40,39 +61,48 @@ class Foresight:
         self._places = places
         self._pieces: list[bytes] = []
         self._starts = np.zeros(0, dtype=np.int16)
-        self._usual: bytes | None = b" "  # as in `_space`, of the request seen last: what another one begins with
+        self._usual = b" "  # as in `_space`, of the request seen last: what another one begins with
+        self._known: dict[tuple[str | None, bytes, bytes], Coming] = {}
         self._mask: Tensor | None = None
 
     def leads(self, batch: Any, device: Any) -> Leads | None:
         """Of a batch whose grammars are up to date; None where nothing is known of any."""
-        found = {row: self._of(req) for row, req in enumerate(batch.reqs)}
-        found = {row: lead for row, lead in found.items() if lead[0]}
-        if not found:
+        coming = [self._of(req) for req in batch.reqs]
+        if not any(each.texts for each in coming):
             return None
-        numbers = torch.full((len(batch.reqs), 2 * self._places + 1), -1)
-        for row, (tokens, before, sure) in found.items():
-            numbers[row, : len(tokens)] = torch.tensor(tokens)
-            numbers[row, self._places : self._places + len(before)] = torch.tensor(before)
-            numbers[row, -1] = int(sure)
+        places = self._places
+        numbers = np.full((len(coming), 2 * places + 1), -1)
+        for row, each in zip(numbers, coming, strict=True):
+            row[: len(each.tokens)] = each.tokens
+            row[places : places + len(each.before)] = each.before
+            row[-1] = each.sure
+        host = torch.from_numpy(numbers)
         if torch.device(device).type == "cuda":
-            numbers = numbers.pin_memory().to(device, non_blocking=True)
-        tokens, before, sure = numbers.split([self._places, self._places, 1], 1)
+            host = host.pin_memory().to(device, non_blocking=True)
+        tokens, before, sure = host.split([places, places, 1], 1)
         return Leads(tokens, before, sure[:, 0] == 1)
 
-    def _of(self, req: Any) -> tuple[list[int], list[int], bool]:
-        """A request's leads: tokens, places of those before, and whether one of the first must come."""
+    def _of(self, req: Any) -> Coming:
         grammar = req.grammar
         if isinstance(grammar, ReasonerGrammarObject):
             grammar = grammar.grammar if grammar._grammar_active() else None
         if type(grammar) is not XGrammarGrammar or grammar.is_terminated():
-            return [], [], False
+            return NOTHING
         self._learn_tokens(grammar)
         text = b"".join([self._pieces[token] for token in grammar.accepted_tokens])
-        self._usual = _style(text, self._usual)
-        texts, sure = self.texts(grammar.matcher, text)
-        return *_trie([self._tokens(req.tokenizer, text) for text in texts], self._places), sure
+        bare = VALUE.sub(_without_value, text)
+        self._usual = _style(bare, self._usual)
+        key = grammar.key_string, bare, self._usual
+        known = self._known.get(key)
+        if known is None or not all(_takes(grammar.matcher, each) for each in known.texts):
+            texts, sure = self._texts(grammar.matcher, text)
+            known = Coming(texts, sure, *_trie([self._tokens(req.tokenizer, each) for each in texts], self._places))
+            if len(self._known) == KNOWN:
+                self._known.clear()
+            self._known[key] = known
+        return known
 
-    def texts(self, matcher: Any, text: bytes) -> tuple[list[bytes], bool]:
+    def _texts(self, matcher: Any, text: bytes) -> tuple[list[bytes], bool]:
         """What may come behind a text, and whether one of these must, but for white space."""
         if known := self._onward(matcher, text, BRANCHES, LONGEST):
             return known, True
@@ -130,7 +160,7 @@ class Foresight:
     def _space(self, text: bytes, start: bytes) -> bytes:
         """White space between a text and what comes next, less what of it is there."""
         body = text.rstrip(SPACE)
-        if not body or self._usual is None:
+        if not body:
             return b""
         last, there = body[-1:], text[len(body) :]
         if self._usual.startswith(b"\n"):
@@ -144,7 +174,7 @@ class Foresight:
 
     def _tokens(self, tokenizer: Any, text: bytes) -> tuple[int, ...]:
         """As a tokenizer writes a text; nothing where it cannot."""
-        tokens = _encoded(tokenizer, text)
+        tokens = tuple(tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False))
         return tokens if b"".join([self._pieces[token] for token in tokens]) == text else ()
 
     def _learn_tokens(self, grammar: XGrammarGrammar) -> None:
@@ -156,16 +186,28 @@ class Foresight:
             self._starts = np.array(starts, dtype=np.int16)
 
 
-@lru_cache(4096)
-def _encoded(tokenizer: Any, text: bytes) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False))
+def _without_value(value: re.Match[bytes]) -> bytes:
+    text = value[0]
+    if value[1]:
+        return text
+    if not text.startswith(b'"'):
+        return b"0"
+    return b'""' if text.endswith(b'"') and len(text) > 1 else text if len(text) < SHORT else b'"'
 
 
-def _style(text: bytes, usual: bytes | None) -> bytes | None:
+def _takes(matcher: Any, text: bytes) -> bool:
+    """Whether a grammar may go on with a text; it stays where it is."""
+    if not matcher.accept_string(text):
+        return False
+    matcher.rollback(1)
+    return True
+
+
+def _style(bare: bytes, usual: bytes) -> bytes:
     """White space as a text writes it: a new line with one level's indentation, or what is behind commas and colons."""
-    if found := PRETTY.search(text):
+    if found := PRETTY.search(bare):
         return b"\n" + found[1]
-    if found := COMPACT.search(STRING.sub(b'"', text)):
+    if found := COMPACT.search(bare):
         return found[1]
     return usual
 

@@ -1,4 +1,4 @@
-"""Leads in a lattice: a known stretch is drafted whole where it begins, and the draft's own candidates are still there."""
+"""Leads in a lattice: a known stretch is drafted whole where it begins, and the draft's own candidates too."""
 
 from __future__ import annotations
 
