@@ -78,7 +78,7 @@ class DFlashWorker(BaseSpecWorker):
         self.speculative_num_steps, self.speculative_num_draft_tokens = largest.depth, largest.verified
         self.keeps_states = mambaish_config(self.target.model_config) is not None
         self.penalties = Penalties()
-        self.foresight = Foresight(3 * self.options.top_k // 4)
+        self.foresight = Foresight(self.options.leads)
         metrics = get_observability().enable_metrics and ranks.is_first()
         self.metrics = step_metrics(self.options, server_args, metrics)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 SURE = 0.95  # that one of a lead's next ones comes
+LEAST = -1e4  # log-probability of a candidate that a tree may hold
 
 
 class Leads(NamedTuple):
@@ -50,7 +51,8 @@ def follow_leads(logp: Tensor, tokens: Tensor, leads: Leads) -> Tensor:
     """A lattice's logp [bs, d, Kp, K] float32, of the tokens [bs, d, K] that `place_leads` gave, with leads followed.
 
     Returns [bs, d, K, K]: a lead comes only behind the lead before it, a first one behind any of the draft's own
-    candidates; and no token stands twice behind the same one.
+    candidates; and no token comes twice behind the same one, as children of a tree's node have distinct tokens. At
+    least K - M candidates have a finite logp behind each: where all their paths fill a tree, nothing else is in it.
     """
     _, d, k = tokens.shape
     m = leads.tokens.shape[1]
@@ -66,9 +68,9 @@ def follow_leads(logp: Tensor, tokens: Tensor, leads: Leads) -> Tensor:
     twice = (enters.float() @ own.float().transpose(-1, -2)) > 0  # [bs, d, p, c]
     entered = torch.nn.functional.pad(enters, (k - m, 0))
     never = twice | (lead[:, None, None] & ~entered)
-    logp = logp.expand(-1, -1, k, -1).masked_fill(never, -torch.inf)
+    logp = logp.expand(-1, -1, k, -1).clamp(min=LEAST).masked_fill(never, -torch.inf)
     known = behind_lead.any(-1)[:, None].repeat(1, d, 1)  # [bs, d, p]: what comes is known
     known[:, 0] = leads.sure[:, None]
     among = logp.masked_fill(~entered, -torch.inf)
-    chosen = torch.nan_to_num(among - among.logsumexp(-1, keepdim=True), nan=-torch.inf) + math.log(SURE)
+    chosen = among.log_softmax(-1) + math.log(SURE)
     return torch.where(known[..., None], torch.where(entered, chosen, logp + math.log(1 - SURE)), logp)

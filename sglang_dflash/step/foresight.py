@@ -68,7 +68,7 @@ class Foresight:
     def leads(self, batch: Any, device: Any) -> Leads | None:
         """Of a batch whose grammars are up to date; None where nothing is known of any."""
         coming = [self._of(req) for req in batch.reqs]
-        if not any(each.texts for each in coming):
+        if not any(each.tokens for each in coming):
             return None
         places = self._places
         numbers = np.full((len(coming), 2 * places + 1), -1)

@@ -102,6 +102,21 @@ def test_no_two_children_of_a_node_have_one_token() -> None:
             assert len(set(every)) == len(every)
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_tree_of_all_paths_holds_no_token_twice(broken: bool) -> None:
+    """Two of the draft's own candidates are left, whose paths just fill the tree, also of a draft that says nothing."""
+    torch.manual_seed(5)
+    scores = torch.randn(BS, 3, VOCAB)
+    scores[..., STRETCH] += 9
+    if broken:
+        scores[:] = torch.nan
+    trie = ([290, 7, 291, 7, 292, 8], [-1, 0, 1, -1, 3, 4], True)
+    tree = drafted(scores, leads(trie, trie, NONE), 2 + 4 + 8)
+    for row in range(BS):
+        every = list(map(tuple, paths(tree, row)))
+        assert len(set(every)) == len(every)
+
+
 def test_a_lead_comes_behind_the_one_before_alone() -> None:
     torch.manual_seed(4)
     scores = torch.randn(1, DEPTH, VOCAB) * 0.01  # the draft knows nothing
