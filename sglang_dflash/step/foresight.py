@@ -121,7 +121,7 @@ class Foresight:
         """
         more, steps, starts = b"", 0, b""
         while len(more) < room and not matcher.is_terminated():
-            part = matcher.find_jump_forward_string().encode()
+            part = _forced(matcher)
             if not part:
                 starts = self._next_starts(matcher)
                 if len(starts) != 1:
@@ -193,6 +193,15 @@ def _without_value(value: re.Match[bytes]) -> bytes:
     if not text.startswith(b'"'):
         return b"0"
     return b'""' if text.endswith(b'"') and len(text) > 1 else text if len(text) < SHORT else b'"'
+
+
+def _forced(matcher: Any) -> bytes:
+    """The text that must come; nothing where it would not be whole characters, which xgrammar cannot say."""
+    try:
+        forced: str = matcher.find_jump_forward_string()
+    except UnicodeDecodeError:
+        return b""
+    return forced.encode()
 
 
 def _takes(matcher: Any, text: bytes) -> bool:

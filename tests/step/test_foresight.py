@@ -110,6 +110,17 @@ def test_other_grammars_lead_on_too(backend: Any, tokenizer: Any) -> None:
     assert told(Foresight(PLACES), ebnf, tokenizer) == ({"a"}, True)
 
 
+def test_a_character_may_come_byte_by_byte(backend: Any, tokenizer: Any) -> None:
+    schema = an_object(größe={"enum": ["ähnlich", "日本", "日曜", "😀", "😁x"]}, été=TEXT)
+    for value in ("ähnlich", "日本", "😀"):
+        grammar, foresight = backend.dispatch_json(json.dumps(schema)).copy(), Foresight(PLACES)
+        pieces = list(grammar.ctx.tokenizer_info.decoded_vocab)
+        for byte in f'{{"größe": "{value}", "été": "'.encode():
+            told(foresight, grammar, tokenizer)
+            grammar.accept_token(pieces.index(bytes([byte])))
+        assert told(foresight, grammar, tokenizer)[0] == {'"}'}
+
+
 def test_nothing_is_told_of_other_backends_and_of_thoughts(backend: Any, tokenizer: Any) -> None:
     other = GuidanceBackend(tokenizer, n_vocab=VOCAB, eos_token_ids=[EOS]).dispatch_json(json.dumps(ORDER)).copy()
     assert told(Foresight(PLACES), other, tokenizer) == (set(), False)
