@@ -35,6 +35,14 @@ class Options:
         """Slots a request that a step may write behind the committed prefix."""
         return max(shape.window for shape in self.shapes)
 
+    @property
+    def leads(self) -> int:
+        """Candidates a position that may make way for leads: all paths of the others still fill every tree."""
+        return max(m for m in range(3 * self.top_k // 4 + 1) if all(self._held(shape, m) for shape in self.shapes))
+
+    def _held(self, shape: Shape, leads: int) -> bool:
+        return sum((self.top_k - leads) ** depth for depth in range(1, shape.depth + 1)) >= shape.nodes
+
     def verify_widths(self) -> dict[int, int]:
         """Tokens a request of the passes that verify, and how many requests each may have."""
         return {shape.verified: shape.most for shape in self.shapes}

@@ -33,11 +33,13 @@ from torch import Tensor
 from sglang_dflash import kernels
 from sglang_dflash.arguments import options_of
 from sglang_dflash.checkpoints import Checkpoint
+from sglang_dflash.draft.leads import Leads
 from sglang_dflash.metrics import step_metrics
 from sglang_dflash.step import ranks
 from sglang_dflash.step.carry import Carry
 from sglang_dflash.step.commit import commit
 from sglang_dflash.step.draft_pass import DraftRunner, pools_of
+from sglang_dflash.step.foresight import Foresight
 from sglang_dflash.step.grammar import NodeMasks
 from sglang_dflash.step.penalties import Penalised, Penalties
 from sglang_dflash.step.plan import Planner
@@ -76,6 +78,7 @@ class DFlashWorker(BaseSpecWorker):
         self.speculative_num_steps, self.speculative_num_draft_tokens = largest.depth, largest.verified
         self.keeps_states = mambaish_config(self.target.model_config) is not None
         self.penalties = Penalties()
+        self.foresight = Foresight(self.options.leads)
         metrics = get_observability().enable_metrics and ranks.is_first()
         self.metrics = step_metrics(self.options, server_args, metrics)
 
@@ -180,7 +183,7 @@ class DFlashWorker(BaseSpecWorker):
         window = Window.open(batch, self.target, step.shape, self.options.draft.mask_token_id)
         lengths = window.prefix_lens + 1
         penalised = self.penalties.of(batch, lengths, batch.reqs)
-        tree = self.draft.draft(batch, window, step.shape, penalised)
+        tree = self.draft.draft(batch, window, step.shape, penalised, partial(self._leads, batch, grammar_barrier))
         step.clock.drafted()
         masks = NodeMasks(batch, tree) if batch.has_grammar else None
         verified, positions = self._verify(batch, window, tree)
@@ -210,6 +213,14 @@ class DFlashWorker(BaseSpecWorker):
             nodes=walked.nodes,
             learn=partial(self.planner.learn, step),
         )
+
+    def _leads(self, batch: Any, grammar_barrier: Callable[[], None] | None) -> Leads | None:
+        """What grammars let come next. While the draft's pass runs, the host waits for the step before it."""
+        if not batch.has_grammar:
+            return None
+        if grammar_barrier is not None:
+            grammar_barrier()
+        return self.foresight.leads(batch, self.target.device)
 
     def _verify(self, batch: Any, window: Window, tree: DraftTree) -> tuple[GenerationBatchResult, Tensor]:
         """The target's pass, with logits and features at every node, and the nodes' positions [bs * w]."""

@@ -237,6 +237,19 @@ def test_a_default_is_no_more_than_the_lattice_holds(make_draft: MakeDraft) -> N
     assert (options.largest.nodes, options.largest.depth, options.top_k) == (5, 1, 5)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "leads"),
+    [
+        ({}, 12),
+        ({"speculative_num_steps": 2, "speculative_num_draft_tokens": 72}, 8),  # 8 + 64 paths
+        ({"speculative_num_steps": 1, "speculative_num_draft_tokens": 15}, 1),
+        ({"speculative_eagle_topk": 1}, 12),
+    ],
+)
+def test_leads_leave_as_many_candidates_as_fill_a_tree(arguments: dict[str, Any], leads: int) -> None:
+    assert options_of(resolve(**arguments)).leads == leads
+
+
 def test_a_bidirectional_block_is_drafted_whole(make_draft: MakeDraft) -> None:
     draft = make_draft(dflash={"causal_head": False})
     options = options_of(resolve(speculative_draft_model_path=draft, speculative_num_draft_tokens=3))

@@ -5,6 +5,7 @@ SGLang loads and places the network as it does any draft; here it is told what t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from sglang_dflash.budget import Shape
 from sglang_dflash.draft.checkpoint import load_mask_embedding
 from sglang_dflash.draft.lattice import build_lattice
+from sglang_dflash.draft.leads import Leads
 from sglang_dflash.draft.selector import build_selector
 from sglang_dflash.kernels import Noise, Pools
 from sglang_dflash.options import Options
@@ -90,21 +92,30 @@ class DraftRunner:
         context = self.network.project_features(features)
         self.network.write_context(context, positions, slots, self._pools)
 
-    def draft(self, batch: Any, window: Window, shape: Shape, penalised: Penalised | None) -> DraftTree:
+    def draft(
+        self,
+        batch: Any,
+        window: Window,
+        shape: Shape,
+        penalised: Penalised | None,
+        foresee: Callable[[], Leads | None],
+    ) -> DraftTree:
         """One draft pass: the tree, or chain, of what may follow the batch's bonus tokens.
 
-        Where requests are penalised, their lattice is too; no graph knows how much was emitted, so it is made anew.
+        foresee: what else is known of the tokens to come, asked for when the pass is launched. Where something is, or
+        requests are penalised, the lattice is made anew: no graph knows of it.
         """
         tokens = window.block_tokens
         if shape.nodes == 0:
             return DraftTree.root(tokens[:, 0])
         self._noise.tell(batch.sampling_info, window.prefix_lens)
         result = self.runner.forward(self._forward_batch(batch, window))
-        if result.can_run_graph and penalised is None:
+        leads = foresee()
+        if result.can_run_graph and penalised is None and leads is None:
             graphs = self.runner.decode_cuda_graph_runner
             tree = self._captured[shape.block, graphs.bs].first(len(tokens))
         else:
-            tree = self._tree(result.logits_output.hidden_states, tokens.flatten(), shape.block, penalised)
+            tree = self._tree(result.logits_output.hidden_states, tokens.flatten(), shape.block, penalised, leads)
         return ranks.first_ranks_tree(tree.smaller(shape.nodes))
 
     def _capture_tree(self, _: Any, output: Any, forward_batch: Any, num_tokens: int) -> None:
@@ -119,7 +130,12 @@ class DraftRunner:
         self._captured.setdefault((block, bs), tree).take(tree)
 
     def _tree(
-        self, hidden: Tensor, input_ids: Tensor, block: int, penalised: Penalised | None = None
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        block: int,
+        penalised: Penalised | None = None,
+        leads: Leads | None = None,
     ) -> DraftTree:
         """The largest tree that a pass of this width is asked for, from its hidden [bs * block, H] and input_ids [bs *
         block].
@@ -134,6 +150,7 @@ class DraftRunner:
             self.selector,
             options.top_k,
             self._noise.of(len(bonus_tokens)),
+            leads,
             multiplier=options.draft.output_multiplier,
             softcap=options.draft.softcap,
         )

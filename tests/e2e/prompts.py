@@ -38,6 +38,20 @@ _SCHEMA = {
     "properties": {"answer": {"type": "integer"}, "unit": {"type": "string", "maxLength": 12}},
     "required": ["answer", "unit"],
 }
+_NAMES = {
+    "type": "object",
+    "properties": {
+        "number_of_steps": {"type": "integer"},
+        "difficulty": {"enum": ["easy", "moderate", "hard"]},
+        "about": {
+            "type": "object",
+            "properties": {"person_asked": {"type": "string"}, "größe": {"enum": ["klein", "groß"]}},
+            "required": ["person_asked", "größe"],
+        },
+        "remaining_eggs": {"type": "array", "items": {"type": "integer"}, "maxItems": 3},
+    },
+    "required": ["number_of_steps", "difficulty", "about", "remaining_eggs"],
+}
 
 
 # Settings in which a seeded text is told.
@@ -72,6 +86,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     "fewest tokens, and a stop string": _params(min_new_tokens=40, stop=["."]),
     "logit bias": _params(logit_bias={"28": -100.0, "30": -100.0}),
     "json schema": _params(json_schema=json.dumps(_SCHEMA)),
+    "json schema of long names": _params(json_schema=json.dumps(_NAMES), max_new_tokens=96),
+    "grammar": _params(ebnf='root ::= line line line\nline ::= "Step " [1-3] ": " [a-z ]{3,30} ". "'),
     "regex": _params(regex=r"(Yes|No), because [a-z ]{5,40}\."),
     "stop string": _params(stop=["per day"]),
     "stop strings, the likelier last": _params(stop=["per day", " eggs", "\n", "."]),

@@ -153,5 +153,5 @@ def test_a_draft_pass_looks_at_the_noise_of_its_batch(monkeypatch: pytest.Monkey
         output = SimpleNamespace(can_run_graph=False, logits_output=SimpleNamespace(hidden_states=hidden))
         runner.runner = SimpleNamespace(forward=lambda _, output=output: output)
         window = SimpleNamespace(block_tokens=torch.zeros(BS, DEPTH + 1).long(), prefix_lens=prefix_lens)
-        tree = runner.draft(SimpleNamespace(sampling_info=info), window, shape, None)
+        tree = runner.draft(SimpleNamespace(sampling_info=info), window, shape, None, lambda: None)
         assert walked(tree, info, target, prefix_lens).tolist() == [DEPTH + 1] * BS
