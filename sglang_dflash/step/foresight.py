@@ -130,18 +130,27 @@ class Foresight:
             if not matcher.accept_string(part):
                 break
             more, steps, starts = more + part, steps + 1, b""
-        texts = [more] if more else []
         if 1 < len(starts) <= ways:
-            texts = []
-            for start in starts:
-                part = self._space(text + more, bytes([start])) + bytes([start])
-                if matcher.accept_string(part):
-                    left = (room - len(more)) // len(starts) - len(part)
-                    rest = self._onward(matcher, text + more + part, ways // len(starts), left)
-                    texts += [more + part + each for each in rest or [b""]]
-                    matcher.rollback(1)
+            left = (room - len(more)) // len(starts)
+            texts = [more + way for way in self._ways(matcher, text + more, starts, ways // len(starts), left)]
+        else:
+            space = self._space(text + more, b"0") if (text + more).endswith(b":") else b""
+            if space and _takes(matcher, space):
+                more += space  # before a value of which nothing is known
+            texts = [more] if more else []
         if steps:
             matcher.rollback(steps)
+        return texts
+
+    def _ways(self, matcher: Any, text: bytes, starts: bytes, ways: int, room: int) -> list[bytes]:
+        """The texts that a grammar leads to behind each of several beginnings; ways, room: of one of them."""
+        texts = []
+        for start in starts:
+            part = self._space(text, bytes([start])) + bytes([start])
+            if matcher.accept_string(part):
+                rest = self._onward(matcher, text + part, ways, room - len(part))
+                texts += [part + each for each in rest or [b""]]
+                matcher.rollback(1)
         return texts
 
     def _next_starts(self, matcher: Any) -> bytes:
