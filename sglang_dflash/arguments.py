@@ -299,8 +299,7 @@ def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
     view = resolving_view(server_args)
-    target = _target(server_args)
-    backend = cuda.attention_backend(server_args, view.dtype, target)
+    backend = cuda.attention_backend(server_args, view.dtype)
     graphs, vision = view.cuda_graph_config, view.mm_attention_backend
     if backend == PLAIN_ATTENTION:
         vision = vision or "sdpa"  # SGLang's default for a vision tower takes 16 bits only, as for the model beside it
@@ -310,7 +309,7 @@ def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
         requests = graphs.prefill.full_prefill_max_req or PREFILLED
         graphs = with_phase(graphs, Phase.PREFILL, backend=Backend.FULL, full_prefill_max_req=requests)
     # A draft reads the target's features: of its own type, which "auto" would give it, it could not.
-    dtype = target.dtype if view.dtype == "auto" else view.dtype
+    dtype = _target(server_args).dtype if view.dtype == "auto" else view.dtype
     return {
         "attention_backend": backend, "mm_attention_backend": vision, "cuda_graph_config": graphs, "dtype": dtype,
     }  # fmt: skip

@@ -13,7 +13,6 @@ from sglang_dflash.platforms import Need
 
 KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16"}  # those of --kv-cache-dtype that a model can have too
 FP8 = "fp8_e4m3"  # and what the draft's is not then, which keeps the model's
-CACHE = "kv_cache_quant_algo"  # by which a checkpoint asks for it
 GPT_OSS = "GptOssForCausalLM"
 # Methods that quantise the embedding or the head whatever the checkpoint's config says.
 QUANTISED_TABLES = ("gguf", "expert_pack")
@@ -52,7 +51,6 @@ class Target:
     def of(cls, model_config: Any, checkpoint: Checkpoint, kv_cache_dtype: str) -> Target:
         """From SGLang's ModelConfig of it, where it is, and --kv-cache-dtype."""
         dtype = str(model_config.dtype).removeprefix("torch.")
-        quantised = _quantization_config(model_config, checkpoint) if model_config.quantization else {}
         return cls(
             hidden_size=model_config.hidden_size,
             vocab_size=model_config.vocab_size,
@@ -60,28 +58,25 @@ class Target:
             head_dim=model_config.head_dim,
             dtype=dtype,
             quantization=model_config.quantization or "",
-            needs=dict(_needs(model_config, quantised, kv_cache_dtype)),
+            needs=dict(_needs(model_config, kv_cache_dtype)),
             two_pools=model_config.is_hybrid_swa,
             full_layers=model_config.full_attention_layer_ids != [],
-            unserved=next(_unserved(model_config, checkpoint, quantised, kv_cache_dtype, dtype), ""),
+            unserved=next(_unserved(model_config, checkpoint, kv_cache_dtype, dtype), ""),
         )
 
 
-def _unserved(
-    model_config: Any, checkpoint: Checkpoint, quantised: Mapping[str, Any], kv_cache_dtype: str, dtype: str
-) -> Iterator[str]:
+def _unserved(model_config: Any, checkpoint: Checkpoint, kv_cache_dtype: str, dtype: str) -> Iterator[str]:
     yield from _unserved_layers(model_config)
     if kv_cache_dtype not in ("auto", FP8) and KV_DTYPES.get(kv_cache_dtype) != dtype:
         yield f"--kv-cache-dtype {kv_cache_dtype} is not the draft's, which is {dtype}"
     if model_config.quantization:
-        yield from _unserved_tables(model_config.quantization, quantised, checkpoint.tensor_names())
+        config = _quantization_config(model_config, checkpoint)
+        yield from _unserved_tables(model_config.quantization, config, checkpoint.tensor_names())
         if kv_cache_dtype == "auto":
-            yield from _unserved_cache(quantised)
+            yield from _unserved_cache(config)
 
 
-def _needs(
-    model_config: Any, quantised: Mapping[str, Any], kv_cache_dtype: str
-) -> Iterator[tuple[Need, str]]:
+def _needs(model_config: Any, kv_cache_dtype: str) -> Iterator[tuple[Need, str]]:
     architecture = model_config.hf_config.architectures[0]
     kinds = set(getattr(model_config.hf_text_config, "layer_types", None) or ())
     if model_config.is_hybrid_swa or "sliding_attention" in kinds:
@@ -97,8 +92,6 @@ def _needs(
         yield Need.OTHER_LAYERS, f"the target, {architecture}, has layers of {other[0]}"
     if kv_cache_dtype == FP8:
         yield Need.FP8_CACHE, f"--kv-cache-dtype {FP8} asks for keys and values in eight bits"
-    elif kv_cache_dtype == "auto" and quantised.get(CACHE) == "FP8":
-        yield Need.FP8_CACHE, f"the target's checkpoint asks for keys and values in eight bits ({CACHE} FP8)"
 
 
 def _unserved_layers(model_config: Any) -> Iterator[str]:
@@ -143,7 +136,7 @@ def _unserved_tables(method: str, config: Mapping[str, Any], names: Collection[s
 
 
 def _unserved_cache(config: Mapping[str, Any]) -> Iterator[str]:
-    if (algorithm := config.get(CACHE)) not in (None, "auto", "FP8"):
-        yield f"the target's checkpoint asks for a quantised KV cache ({CACHE} {algorithm})"
+    if (algorithm := config.get("kv_cache_quant_algo")) not in (None, "auto"):
+        yield f"the target's checkpoint asks for a quantised KV cache (kv_cache_quant_algo {algorithm})"
     if config.get("kv_cache_scheme"):
         yield "the target's checkpoint asks for a quantised KV cache (kv_cache_scheme)"

@@ -39,7 +39,8 @@ class Backend:
 
 
 def either(choices: Sequence[Any]) -> str:
-    return ", ".join(map(str, choices[:-1])) + f" or {choices[-1]}"
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 _ATTENTION_ARGUMENTS = (

@@ -39,9 +39,6 @@ CASES = {
     "tree 15, beside FlashInfer": Case(
         "--speculative-num-draft-tokens 15 --speculative-num-steps 8 --attention-backend flashinfer", 15
     ),
-    "tree 15, beside Triton": Case(
-        "--speculative-num-draft-tokens 15 --speculative-num-steps 8 --attention-backend triton", 15
-    ),
     "tree 2, pages of 64": Case("--speculative-num-draft-tokens 2 --speculative-num-steps 2 --page-size 64", 2),
 }
 

@@ -44,8 +44,8 @@ TARGET = Target(
             {}, {}, {}, (10, 0),
             "by fa3 is not made for compute capability 10.0: there trees need --attention-backend flashinfer, tri",
         ),
-        ({}, {}, {}, (10, 0), "triton or fa4, which have served them on no such GPU yet"),
-        ({}, {}, {}, (12, 0), "there trees need --attention-backend flashinfer or triton, which have"),
+        ({}, {}, {}, (10, 0), "triton or fa4, seen on no such GPU yet"),
+        ({}, {}, {}, (12, 0), "there trees need --attention-backend flashinfer or triton, seen"),
         ({}, {}, {}, (7, 5), "the GPU has compute capability 7.5, and trees need 8.0"),
         ({"attention_backend": "flashinfer"}, {}, {}, (9, 0), ""),
         ({"attention_backend": "flashinfer"}, {}, {}, (12, 0), ""),
@@ -91,7 +91,7 @@ TARGET = Target(
             "need compute capability 8.9",
         ),
         (
-            {"attention_backend": "fa3"}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0),
+            {}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0),
             "it is in eight bits, which window passes of fa3 do not serve",
         ),
         ({"attention_backend": "triton"}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0), ""),
@@ -112,8 +112,14 @@ TARGET = Target(
     ],
 )  # fmt: skip
 def test_what_cuda_does_not_serve(
-    asked: dict[str, Any], draft: dict[str, Any], target: dict[str, Any], capability: tuple[int, int], reason: str
+    asked: dict[str, Any],
+    draft: dict[str, Any],
+    target: dict[str, Any],
+    capability: tuple[int, int],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cuda, "UNSEEN", frozenset())  # what is written
     config = dataclasses.replace(DraftConfig.load(embedded.DRAFT), **draft)
     arguments = SimpleNamespace(**{**ASKED, **asked})
     told = cuda.unserved(arguments, arguments, config, dataclasses.replace(TARGET, **target), capability)
@@ -126,24 +132,24 @@ def test_what_sglang_chose_itself_is_no_wish() -> None:
     draft = DraftConfig.load(embedded.DRAFT)
     asked = SimpleNamespace(**ASKED)
     assert cuda.unserved(asked, settled, draft, TARGET, (8, 0)) == ""
-    assert cuda.attention_backend(asked, "auto", TARGET) == "fa3"
+    assert cuda.attention_backend(asked, "auto") == "fa3"
 
 
 @pytest.mark.parametrize(
-    ("asked", "needs", "backend"),
+    ("asked", "needs", "capability", "reason"),
     [
-        ({}, {Need.FP8_CACHE}, "flashinfer"),
-        ({}, {Need.FP8_CACHE, Need.DELTA_NETS}, "triton"),
-        ({}, {Need.DELTA_NETS}, "fa3"),
-        ({}, {Need.FP8_CACHE, Need.OTHER_LAYERS}, "fa3"),  # which then says what it lacks, as every one would
-        ({"attention_backend": "fa3"}, {Need.FP8_CACHE}, "fa3"),
-        ({"attention_backend": "triton"}, {Need.FP8_CACHE}, "triton"),
-        ({"dtype": "float32"}, {Need.FP8_CACHE}, "plain_torch"),
+        ("triton", [], (9, 0), "trees beside triton were not seen on a GPU yet"),
+        ("fa4", [Need.DELTA_NETS], (9, 0), "trees beside fa4 were not seen on a GPU yet"),
+        ("flashinfer", [Need.FP8_CACHE], (9, 0), "it asks, which trees were not seen with on a GPU yet"),
+        ("flashinfer", [], (9, 0), ""),
+        ("fa3", [Need.DELTA_NETS], (9, 0), ""),
+        (None, [], (12, 0), "for compute capability 12.0: there trees need --attention-backend flashinfer, seen"),
     ],
 )
-def test_the_first_backend_that_can_serves_where_none_is_asked_for(
-    asked: dict[str, Any], needs: set[Need], backend: str
+def test_what_was_not_seen_on_a_gpu_is_handed_over(
+    asked: str | None, needs: list[Need], capability: tuple[int, int], reason: str
 ) -> None:
+    arguments = SimpleNamespace(**{**ASKED, "attention_backend": asked})
     target = dataclasses.replace(TARGET, needs=dict.fromkeys(needs, "it asks"))
-    arguments = SimpleNamespace(**{**ASKED, **asked})
-    assert cuda.attention_backend(arguments, arguments.dtype, target) == backend
+    told = cuda.unserved(arguments, arguments, DraftConfig.load(embedded.DRAFT), target, capability)
+    assert reason in told if reason else told == ""

@@ -18,7 +18,8 @@ BACKENDS = {
     FA4: Backend(FA4, frozenset({Need.DELTA_NETS}), (64, 128)),  # on Blackwell its kernel of size 256 reads no pages
     PLAIN_ATTENTION: Backend(PLAIN_ATTENTION),
 }
-BY_ITSELF = FAST_ATTENTION, FLASHINFER, TRITON  # where nobody asks for one
+# Of these, what is handed over: backends that were seen on no GPU, and eight bits, whose tests have failed on one.
+UNSEEN: frozenset[str | Need] = frozenset({TRITON, FA4, Need.FP8_CACHE})
 # First numbers of the compute capabilities that a backend is made for; the others are for any.
 FAST_CAPABILITIES = 8, 9
 CAPABILITIES = {FAST_ATTENTION: FAST_CAPABILITIES, FA4: (9, 10)}
@@ -44,18 +45,16 @@ def check_room(requests: int, room: int) -> None:
         raise ValueError(f"graphs of {requests} requests need tables of as many, and room was made for {room}")
 
 
-def attention_backend(asked: Any, dtype: str, target: Target) -> str:
-    """Which attention backend serves target and draft at this --dtype: one of ours that the user asks for, else the
-    first that does what the target needs. All of them take 16 bits only.
+def attention_backend(asked: Any, dtype: str) -> str:
+    """Which attention backend serves target and draft at this --dtype: FlashAttention-3, or another one of ours if that
+    is asked for. All of them take 16 bits only.
 
     asked: what the user gave. "auto" is never float32: SGLang serves a checkpoint in float32 as float16.
     """
     if dtype in ("float32", "float"):
         return PLAIN_ATTENTION
     wishes = asked.attention_backend, asked.prefill_attention_backend, asked.decode_attention_backend
-    able = (name for name in BY_ITSELF if not any(BACKENDS[name].lacks(target)))
-    asked_for = (wish for wish in wishes if wish in _MAKERS)
-    return next(asked_for, next(able, FAST_ATTENTION))
+    return next((wish for wish in wishes if wish in (FLASHINFER, TRITON, FA4)), FAST_ATTENTION)
 
 
 def made_for(backend: str, capability: tuple[int, int]) -> bool:
@@ -75,12 +74,12 @@ def unserved(
         return f"--tp-size {arguments.tp_size} is more than one, and trees have been shared by ranks on CPUs alone"
     if capability < LEAST_CAPABILITY:
         return "the GPU has compute capability {}.{}, and trees need {}.{}".format(*capability, *LEAST_CAPABILITY)
-    backend = attention_backend(asked, arguments.dtype, target)
+    backend = attention_backend(asked, arguments.dtype)
     if not made_for(backend, capability):
-        others = either([name for name in _MAKERS if made_for(name, capability)])
+        others = either([name for name in _MAKERS if made_for(name, capability) and name not in UNSEEN])
         return (
-            "attention by {} is not made for compute capability {}.{}: there trees need --attention-backend {}, which "
-            "have served them on no such GPU yet".format(backend, *capability, others)
+            "attention by {} is not made for compute capability {}.{}: there trees need --attention-backend {}, seen "
+            "on no such GPU yet".format(backend, *capability, others)
         )
     if other := other_attention(asked, backend):
         if backend in _MAKERS and other.split()[-1] in _MAKERS:
@@ -88,6 +87,10 @@ def unserved(
         return f"{other} reads no tree, {backend} does"
     if lacking := next(BACKENDS[backend].lacks(target), ""):
         return lacking
+    if backend in UNSEEN:
+        return f"trees beside {backend} were not seen on a GPU yet"
+    if unseen := next((words for need, words in target.needs.items() if need in UNSEEN), ""):
+        return f"{unseen}, which trees were not seen with on a GPU yet"
     if Need.FP8_CACHE in target.needs and capability < FP8_CAPABILITY:
         return "keys and values in eight bits need compute capability {}.{}".format(*FP8_CAPABILITY)
     if draft.head_dim not in HEAD_SIZES:
