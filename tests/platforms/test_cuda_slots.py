@@ -203,10 +203,11 @@ def behind(one: Any, given: Any, width: int) -> torch.Tensor:
     return one.req_to_token_pool.req_to_token[given.req_pool_indices[:, None], columns].long().flatten()
 
 
+WIDTHS = ((1, 0, 0), (2, 0, 0), (16, 0, 0), (16, 60, 0), (9, 0, 9), (5, 30, 70))  # width, reach, what slides
 CASES = [
     (name, page_size, width, reach, slides, captured, own_pool)
-    for name, page_size in (("flashinfer", 1), ("triton", 16), ("fa4", 50))
-    for width, reach, slides in ((1, 0, 0), (2, 0, 0), (16, 0, 0), (16, 60, 0), (9, 0, 9), (5, 30, 70))
+    for name, page_size, widths in (("flashinfer", 1, WIDTHS), ("triton", 16, WIDTHS[-2:]), ("fa4", 50, WIDTHS[-2:]))
+    for width, reach, slides in widths
     for captured in (False, True)
     for own_pool in ((False, True) if slides > reach else (False,))
 ]
