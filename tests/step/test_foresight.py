@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from sglang_dflash import embedded
 from sglang_dflash.draft.lattice import build_lattice
 from sglang_dflash.draft.leads import Leads
+from sglang_dflash.step import foresight
 from sglang_dflash.step.foresight import Foresight
 from sglang_dflash.step.grammar import NodeMasks
 from sglang_dflash.tree import grow, walk
@@ -121,6 +122,15 @@ def test_a_character_may_come_byte_by_byte(backend: Any, tokenizer: Any) -> None
             told(foresight, grammar, tokenizer)
             grammar.accept_token(pieces.index(bytes([byte])))
         assert told(foresight, grammar, tokenizer)[0] == {'"}'}
+
+
+def test_long_texts_are_not_read_again(backend: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar = behind(backend.dispatch_json(json.dumps(ORDER)), tokenizer, '{"customer": {"name": "Ann')
+    tokens = len(grammar.accepted_tokens)
+    monkeypatch.setattr(foresight, "MOST_TOKENS", tokens)
+    assert told(Foresight(PLACES), grammar, tokenizer)[0]
+    monkeypatch.setattr(foresight, "MOST_TOKENS", tokens - 1)
+    assert told(Foresight(PLACES), grammar, tokenizer) == (set(), False)
 
 
 def test_nothing_is_told_of_other_backends_and_of_thoughts(backend: Any, tokenizer: Any) -> None:
