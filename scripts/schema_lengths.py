@@ -3,7 +3,7 @@
     python scripts/schema_lengths.py docs/results/schema.json
     python scripts/schema_lengths.py out.json --model-path Qwen/Qwen3-8B --speculative-draft-model-path ...
 
-Greedy answers to prompts that ask for JSON; `free`: the same prompts without their schemas. Seconds: whole rounds.
+Greedy answers to prompts that ask for JSON; tokens a second are whole rounds'.
 What is given behind the file's name goes to the server; without any, the embedded pair's.
 """
 

@@ -76,9 +76,7 @@ class Carry(DFlashDraftInputV2):
 
 def new_tokens_required(original: Any, batch: Any, requests: Sequence[Any], page_size: int) -> int:
     """Around SGLang's count of the slots that the next step of these requests takes from the pool."""
-    wanted = _wanted(batch, requests)
-    if len(requests) == 1:
-        wanted = [_least(requests[0], page_size)]
+    wanted = [_least(requests[0], page_size)] if len(requests) == 1 else _wanted(batch, requests)
     held = [_pages(req.kv.kv_allocated_len, page_size) for req in requests]
     return sum(_pages(end, page_size) for end in wanted) - sum(held)
 

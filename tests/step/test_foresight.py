@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from saying import say
 from sglang.srt.constrained.llguidance_backend import GuidanceBackend
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
@@ -180,10 +181,6 @@ def run(backend: Any, tokenizer: Any, ids: list[int], told_: Any) -> tuple[list[
             logits[node, coming[depth]] = 99.0
         NodeMasks(batch, tree).apply(logits, None)
         walked = walk(tree, logits.argmax(-1)[None])
-        for token in walked.tokens[0, : int(walked.lens[0])].tolist():
-            said.append(token)
-            req.grammar.accept_token(token)
-            if token == EOS:
-                break
+        say(walked, said, req.grammar, EOS)
         steps += 1
     return said, steps

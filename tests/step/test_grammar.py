@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from saying import say
 from sglang.srt.constrained.llguidance_backend import GuidanceBackend
 from sglang.srt.constrained.outlines_backend import OutlinesGrammar
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
@@ -223,11 +224,7 @@ def test_walks_say_what_plain_decoding_says(case: Case) -> None:
         logits = target[len(said) + depths[0]].clone()
         NodeMasks(SimpleNamespace(reqs=[req], sampling_info=info), tree).apply(logits, None)
         walked = walk(tree, logits.argmax(-1)[None])
-        for token in walked.tokens[0, : int(walked.lens[0])].tolist():
-            said.append(token)
-            req.grammar.accept_token(token)
-            if token == EOS:
-                break
+        say(walked, said, req.grammar, EOS)
         steps += 1
     assert said == plain
     assert steps < len(plain) - 1
