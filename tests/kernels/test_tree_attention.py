@@ -72,6 +72,7 @@ CASES = {
     "sinks, slides, wide": Case((640, 65), 64, 4, 1, 128, slides=70, sinks=True),
     "eight bits": Case((0, 7, 300), 3, 9, 3, 64, eight_bits=True),
     "eight bits, split": Case((900, 1, 2100), 4, 4, 1, 64, page_size=16, eight_bits=True),
+    "eight bits, large heads": Case((0, 90), 16, 2, 1, 256, page_size=16, eight_bits=True),
     "eight bits, wide": Case((640, 65), 40, 4, 1, 128, softcap=3.0, sinks=True, eight_bits=True),
 }
 WHOLE = [name for name, case in CASES.items() if not (case.reach or case.slides)]
