@@ -43,9 +43,9 @@ def tree_attention(
 ) -> Tensor:
     bs, w, _ = mask.shape
     (_, heads, size), kv_heads = q.shape, k.shape[1]
-    eight_bits = key_cache.dtype != k.dtype
-    most_rows, least_window = (32, 32) if eight_bits else (64, 16)  # of other tiles, rounding them errs on a Hopper GPU
-    rows = max(16, min(most_rows, triton.next_power_of_2(w * (heads // kv_heads))))
+    if scaled := key_cache.dtype != k.dtype:  # in the kernel, a tile that is rounded and multiplied comes out wrong
+        k, v = ((x / by).to(key_cache.dtype) for x, by in ((k, k_scale), (v, v_scale)))
+    rows = max(16, min(64, triton.next_power_of_2(w * (heads // kv_heads))))
     keys = 64 if rows > 16 and size <= 128 else 32
     tiles = triton.cdiv(w * (heads // kv_heads), rows) * kv_heads
     programs = multiprocessors(q.device) * (MOST_PROGRAMS if rows == 16 else 1)
@@ -61,9 +61,9 @@ def tree_attention(
         counters(q.device), first_keys, sinks, q.stride(0), k.stride(0), v.stride(0), pages.stride(0), scale, k_scale,
         v_scale, splits, reach,
         W=w, GROUP=heads // kv_heads, KV_HEADS=kv_heads, SIZE=size, PAGE=page_size, ROWS=rows,
-        KEYS=keys, WINDOW=max(least_window, min(keys, triton.next_power_of_2(w))),
+        KEYS=keys, WINDOW=max(16, min(keys, triton.next_power_of_2(w))),
         WORTH=WORTH, SPLIT=splits > 1, WRITE=slots is not None, REACH=reach > 0, FIRST=first_keys is not None,
-        SINK=sinks is not None, SCALED=eight_bits, SOFTCAP=softcap,
+        SINK=sinks is not None, SCALED=scaled, SOFTCAP=softcap,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
@@ -139,9 +139,6 @@ def tree_attention_kernel(
             node_v = tl.load(v_ptr + own[:, None] * v_stride + kv_head * SIZE + dims, mask=real[:, None], other=0.0)
             pairs = there[:, None] & real[None, :]
             seen = tl.load(mask_ptr + token[:, None] * W + nodes[None, :], mask=pairs, other=0) != 0
-            if SCALED:
-                node_k = (node_k.to(tl.float32) / k_scale).to(q.dtype).to(key_cache.dtype.element_ty)
-                node_v = (node_v.to(tl.float32) / v_scale).to(q.dtype).to(value_cache.dtype.element_ty)
             top, total, acc = _attend(
                 q, node_k.to(q.dtype), node_v.to(q.dtype), seen, top, total, acc, scale, SOFTCAP
             )

@@ -51,6 +51,13 @@ def test_every_shape_has_graphs_for_all_batches_that_may_take_it(up_to_256: Any,
     assert verify.decode_num_tokens_per_req(num_draft_tokens=99) == verify.decode_num_tokens_per_req() == 32
 
 
+def test_a_draft_that_drafts_nothing_has_no_graphs_and_no_logits(up_to_256: Any) -> None:
+    plain = Options(None, (Shape(0, 0, 1, ANY),), chain=False, top_k=16)  # type: ignore[arg-type]
+    draft = runner(8)
+    graphs.set_widths(draft, plain.draft_widths())
+    assert draft.max_shared_logits_buffer_rows() == 0 and draft.decode_num_tokens_per_req() == 1
+
+
 def test_a_pass_without_a_graph_of_its_width_is_an_error() -> None:
     made = object.__new__(graphs.WindowGraphs)
     made._runners = {8: SimpleNamespace(can_run_graph=lambda batch: batch.batch_size <= 4, execute=lambda *_: "ran")}

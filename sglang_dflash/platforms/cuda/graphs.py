@@ -21,14 +21,16 @@ TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of them
 
 
 def set_widths(runner: Any, widths: dict[int, int]) -> None:
-    """Let a model runner capture graphs of these widths: tokens a request, and how many requests each may have."""
+    """Let a model runner capture graphs of these widths: tokens a request, and how many requests each may have. None at
+    all: of a draft that drafts nothing.
+    """
     runner.window_widths = widths
     runner.decode_num_tokens_per_req = lambda *, num_draft_tokens=None: (
-        num_draft_tokens if num_draft_tokens in widths else max(widths)
+        num_draft_tokens if num_draft_tokens in widths else max(widths, default=1)
     )
     runner._decode_cuda_graph_runner_cls = lambda: WindowGraphs
     runner.max_shared_logits_buffer_rows = lambda: max(
-        width * max(sizes) for width, sizes in _sizes_by_width(runner).items()
+        (width * max(sizes) for width, sizes in _sizes_by_width(runner).items()), default=0
     )
 
 
