@@ -10,16 +10,16 @@ from sglang_dflash.platforms import PLAIN_ATTENTION, Backend, Need, either, othe
 from sglang_dflash.targets import Target
 
 FAST_ATTENTION, FLASHINFER, TRITON, FA4 = "fa3", "flashinfer", "triton", "fa4"
-# Sinks, targets' sliding layers and images are written, and have not been seen on a GPU.
+# What each was seen with on a GPU; delta nets beside Triton and fa4, and eight bits beside FlashInfer, are written too.
 BACKENDS = {
-    FAST_ATTENTION: Backend(FAST_ATTENTION, frozenset({Need.DELTA_NETS}), HEAD_SIZES),
-    FLASHINFER: Backend(FLASHINFER, frozenset({Need.FP8_CACHE}), HEAD_SIZES),
-    TRITON: Backend(TRITON, frozenset({Need.DELTA_NETS, Need.FP8_CACHE}), HEAD_SIZES),
-    FA4: Backend(FA4, frozenset({Need.DELTA_NETS}), (64, 128)),  # on Blackwell its kernel of size 256 reads no pages
+    FAST_ATTENTION: Backend(
+        FAST_ATTENTION, frozenset({Need.DELTA_NETS, Need.WINDOWS, Need.SINKS, Need.IMAGES}), HEAD_SIZES
+    ),
+    FLASHINFER: Backend(FLASHINFER, frozenset(), HEAD_SIZES),
+    TRITON: Backend(TRITON, frozenset({Need.FP8_CACHE}), HEAD_SIZES),
+    FA4: Backend(FA4, frozenset(), (64, 128)),  # on Blackwell its kernel of size 256 reads no pages
     PLAIN_ATTENTION: Backend(PLAIN_ATTENTION),
 }
-# Of these, what is handed over: backends that were seen on no GPU, and eight bits, whose tests have failed on one.
-UNSEEN: frozenset[str | Need] = frozenset({TRITON, FA4, Need.FP8_CACHE})
 # First numbers of the compute capabilities that a backend is made for; the others are for any.
 FAST_CAPABILITIES = 8, 9
 CAPABILITIES = {FAST_ATTENTION: FAST_CAPABILITIES, FA4: (9, 10)}
@@ -76,7 +76,7 @@ def unserved(
         return "the GPU has compute capability {}.{}, and trees need {}.{}".format(*capability, *LEAST_CAPABILITY)
     backend = attention_backend(asked, arguments.dtype)
     if not made_for(backend, capability):
-        others = either([name for name in _MAKERS if made_for(name, capability) and name not in UNSEEN])
+        others = either([name for name in _MAKERS if made_for(name, capability)])
         return (
             "attention by {} is not made for compute capability {}.{}: there trees need --attention-backend {}, seen "
             "on no such GPU yet".format(backend, *capability, others)
@@ -86,11 +86,8 @@ def unserved(
             return f"{other} is not {backend}, and all passes of target and draft have one attention backend"
         return f"{other} reads no tree, {backend} does"
     if lacking := next(BACKENDS[backend].lacks(target), ""):
-        return lacking
-    if backend in UNSEEN:
-        return f"trees beside {backend} were not seen on a GPU yet"
-    if unseen := next((words for need, words in target.needs.items() if need in UNSEEN), ""):
-        return f"{unseen}, which trees were not seen with on a GPU yet"
+        able = [name for name in _MAKERS if made_for(name, capability) and not any(BACKENDS[name].lacks(target))]
+        return f"{lacking} (--attention-backend {either(able)} does)" if able else lacking
     if Need.FP8_CACHE in target.needs and capability < FP8_CAPABILITY:
         return "keys and values in eight bits need compute capability {}.{}".format(*FP8_CAPABILITY)
     if draft.head_dim not in HEAD_SIZES:
