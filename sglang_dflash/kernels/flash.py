@@ -43,8 +43,8 @@ def tree_attention(
 ) -> Tensor:
     bs, w, _ = mask.shape
     (_, heads, size), kv_heads = q.shape, k.shape[1]
-    if scaled := key_cache.dtype != k.dtype:  # in the kernel, a tile that is rounded and multiplied comes out wrong
-        k, v = ((x / by).to(key_cache.dtype) for x, by in ((k, k_scale), (v, v_scale)))
+    if scaled := key_cache.dtype != k.dtype:
+        k, v = _rounded(k, k_scale, key_cache), _rounded(v, v_scale, value_cache)
     rows = max(16, min(64, triton.next_power_of_2(w * (heads // kv_heads))))
     keys = 64 if rows > 16 and size <= 128 else 32
     tiles = triton.cdiv(w * (heads // kv_heads), rows) * kv_heads
@@ -67,6 +67,11 @@ def tree_attention(
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
+
+
+def _rounded(x: Tensor, scale: float, cache: Tensor) -> Tensor:
+    """As the cache holds it. On Hopper GPUs, a tile that the kernel itself rounds and then multiplies comes out wrong."""
+    return (x if scale == 1 else x / scale).to(cache.dtype)
 
 
 @functools.cache
