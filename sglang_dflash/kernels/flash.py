@@ -70,7 +70,7 @@ def tree_attention(
 
 
 def _rounded(x: Tensor, scale: float, cache: Tensor) -> Tensor:
-    """As the cache holds it. A tile that the kernel rounds itself and then multiplies comes out wrong on Hopper GPUs."""
+    """As the cache holds it. Tiles that the kernel rounds itself and then multiplies come out wrong on Hopper GPUs."""
     return (x if scale == 1 else x / scale).to(cache.dtype)
 
 
