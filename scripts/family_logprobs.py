@@ -37,7 +37,7 @@ GREEDY = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
 ONCE = {"temperature": 0, "max_new_tokens": 1}
 LENS = 1, 40, 120, 127, 130, 300, 700, 1100  # of prompts; about the sliding window, and far beyond it
 BESIDE_IMAGES = 1, 48, 65, 98, 300
-IMAGE = [92, 94, 93]  # its beginning, its place, its end
+IMAGE = [tiny_models.PLACES[f"{place}_token_id"] for place in ("vision_start", "image", "vision_end")]
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 2}
 WINDOW = {"sliding_window": 128, "intermediate_size": 256}
 STATES = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
@@ -161,7 +161,7 @@ def main() -> None:
             server = arguments(*made(family, Path(folder), dtype), dtype, drafts, own)
             servers[name] = stack.enter_context(starting(name, server))
         for name, server in servers.items():
-            found[name] = rows(server.ready(Console()), CASES[name][0].endswith("-vl"))
+            found[name] = rows(server.ready(Console()), CASES[name][0] in tiny_models.WITH_IMAGES)
             print(name, summary(found[name]), flush=True)
     about = {"device": device_name(), "versions": {name: version(name) for name in ("sglang", "torch")}}
     asks.out.write_text(json.dumps({**about, "cases": found}, indent=1) + "\n")

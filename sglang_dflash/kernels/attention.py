@@ -114,8 +114,7 @@ def tree_attention(
     """
     bs, w, _ = mask.shape
     if key_cache.dtype != k.dtype:
-        k = (k.float() / k_scale).to(k.dtype).to(key_cache.dtype)
-        v = (v.float() / v_scale).to(v.dtype).to(value_cache.dtype)
+        k, v = rounded(k, k_scale, key_cache), rounded(v, v_scale, value_cache)
         scale = scale * k_scale
     else:
         v_scale = 1.0
@@ -140,3 +139,8 @@ def tree_attention(
     out = torch.einsum("bhwl,blhd->bwhd", weights, values).reshape(q.shape)
     window_attention(q, k, v, mask, lse, out, key_cache, value_cache, slots, scale, softcap)
     return (out * v_scale).to(q.dtype)
+
+
+def rounded(x: Tensor, scale: float, cache: Tensor) -> Tensor:
+    """Keys or values as a cache of another type holds them: divided by its scale, in their type, then rounded."""
+    return (x if scale == 1 else x / scale).to(cache.dtype)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sglang_dflash.kernels.attention import rounded
+
 WORTH = 256  # keys that a program is started for
 MOST_SPLITS = 16
 MOST_PROGRAMS = 4  # that a multiprocessor runs side by side: of narrow tiles, of wide ones keys are split for one
@@ -44,7 +46,8 @@ def tree_attention(
     bs, w, _ = mask.shape
     (_, heads, size), kv_heads = q.shape, k.shape[1]
     if scaled := key_cache.dtype != k.dtype:
-        k, v = _rounded(k, k_scale, key_cache), _rounded(v, v_scale, value_cache)
+        # Not in the kernel: tiles that it rounds itself and then multiplies come out wrong on Hopper GPUs.
+        k, v = rounded(k, k_scale, key_cache), rounded(v, v_scale, value_cache)
     rows = max(16, min(64, triton.next_power_of_2(w * (heads // kv_heads))))
     keys = 64 if rows > 16 and size <= 128 else 32
     tiles = triton.cdiv(w * (heads // kv_heads), rows) * kv_heads
@@ -67,11 +70,6 @@ def tree_attention(
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
-
-
-def _rounded(x: Tensor, scale: float, cache: Tensor) -> Tensor:
-    """As the cache holds it. Tiles that the kernel rounds itself and then multiplies come out wrong on Hopper GPUs."""
-    return (x if scale == 1 else x / scale).to(cache.dtype)
 
 
 @functools.cache
