@@ -177,11 +177,11 @@ def _take_over() -> None:
         f"{managers}.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._select_runners": select_runners,
     }  # fmt: skip
     if current_platform.device_type == "cuda":
-        from sglang_dflash.platforms.cuda import attention, register_attention
+        from sglang_dflash.platforms.cuda import graphs, register_attention
 
         register_attention()
         runners = "sglang.srt.model_executor.runner"
-        around[f"{runners}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture"] = attention.capture_each_way
+        around[f"{runners}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture"] = graphs.capture_passes
     for target, hook in around.items():
         HookRegistry.register(target, hook, HookType.AROUND)
     HookRegistry.apply_hooks()

@@ -20,7 +20,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_dflash import kernels
 from sglang_dflash.platforms.cuda import SHORT_PREFIX
-from sglang_dflash.platforms.cuda.attention import capture_each_way
+from sglang_dflash.platforms.cuda.graphs import capture_passes
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 NARROW, WIDE = 2, 64
@@ -121,8 +121,10 @@ def test_a_draft_that_reaches_no_further_goes_one_way(backend: Any, monkeypatch:
 def test_graphs_are_recorded_of_both_ways_where_there_are_two(fa3: ModuleType, backend: Any) -> None:
     for width, variants in ((NARROW, None), (WIDE, fa3.Ways)):
         seen: list[Any] = []
-        runner = SimpleNamespace(attn_backend=backend, captured_req_width=width)
-        capture_each_way(lambda r, seen=seen: seen.append(r.attention_graph_variants), runner)
+        runner = SimpleNamespace(
+            attn_backend=backend, captured_req_width=width, backend=SimpleNamespace(capture_one=None)
+        )
+        capture_passes(lambda r, seen=seen: seen.append(r.attention_graph_variants), runner)
         assert seen == [variants]
 
 

@@ -51,6 +51,27 @@ def test_every_shape_has_graphs_for_all_batches_that_may_take_it(up_to_256: Any,
     assert verify.decode_num_tokens_per_req(num_draft_tokens=99) == verify.decode_num_tokens_per_req() == 32
 
 
+def test_small_passes_have_graphs_of_powers_of_two(up_to_256: Any) -> None:
+    verify = runner(256)
+    graphs.set_widths(verify, options().verify_widths())
+    sizes = graphs._sizes_by_width(verify)
+    assert sizes[1][:9] == [1, 2, 4, 8, 16, 32, 64, 80, 96] and sizes[8][:6] == [1, 2, 4, 8, 10, 12]
+    assert sizes[32][:6] == [1, 2, 3, 4, 6, 8]
+
+
+def test_a_pass_is_warmed_up_once_but_a_runners_first() -> None:
+    runs: list[str] = []
+
+    def captures(key: str, forward: Any, *, post_warmup_hook: Any) -> None:  # as SGLang's backend does
+        outputs = [forward() for _ in range(3)]
+        assert outputs[0] == outputs[2] == key and post_warmup_hook == "hook"
+
+    capture = graphs._warmed_once(captures)
+    for key in ("wide", "narrow", "narrower"):
+        capture(key, lambda key=key: runs.append(key) or key, post_warmup_hook="hook")
+    assert runs == ["wide"] * 3 + ["narrow"] * 2 + ["narrower"] * 2
+
+
 def test_a_draft_that_drafts_nothing_has_no_graphs_and_no_logits(up_to_256: Any) -> None:
     plain = Options(None, (Shape(0, 0, 1, ANY),), chain=False, top_k=16)  # type: ignore[arg-type]
     draft = runner(8)

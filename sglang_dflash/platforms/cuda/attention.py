@@ -8,7 +8,6 @@ of prefills, are as SGLang made them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,16 +17,8 @@ from torch import Tensor
 
 from sglang_dflash import kernels
 from sglang_dflash.kernels.attention import Sight
-from sglang_dflash.platforms.cuda import check_room, parts_of
+from sglang_dflash.platforms.cuda import check_room
 from sglang_dflash.platforms.sight import sight_of
-
-
-def capture_each_way(capture: Callable[[Any], None], runner: Any) -> None:
-    """Around SGLang's capture of a runner's CUDA graphs: where a window pass has two ways, graphs of both."""
-    backend = parts_of(runner.attn_backend)[0]
-    if isinstance(backend, WindowAttention):
-        runner.attention_graph_variants = backend.ways(runner.captured_req_width)
-    capture(runner)
 
 
 class WindowAttention(AttentionBackend):

@@ -6,6 +6,8 @@ width; one that no runner has is an error, as the shapes that the budget may cho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,9 +16,12 @@ from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCuda
 from sglang.srt.runtime_context import get_exec
 
 from sglang_dflash.platforms.cuda import parts_of
+from sglang_dflash.platforms.cuda.attention import WindowAttention
 
-# Batch sizes that graphs are captured for: a batch is padded to the next one.
+# Batch sizes that graphs are captured for: a batch is padded to the next one. Of passes of so few tokens that a GPU
+# waits for the weights alone, only powers of two.
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, *range(16, 32, 4), *range(32, 64, 8), *range(64, 128, 16), *range(128, 513, 32))
+FEW_TOKENS = 64
 TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of them
 
 
@@ -40,8 +45,31 @@ def _sizes_by_width(runner: Any) -> dict[int, list[int]]:
     by_width = {}
     for width, most in sorted(runner.window_widths.items(), reverse=True):
         bound = min(most, largest)
-        by_width[width] = sorted({*(size for size in SIZES if size < bound), bound})
+        sizes = {size for size in SIZES if size * width > FEW_TOKENS or size.bit_count() == 1}
+        by_width[width] = sorted({*(size for size in sizes if size < bound), bound})
     return by_width
+
+
+def capture_passes(capture: Callable[[Any], None], runner: Any) -> None:
+    """Around SGLang's capture of a runner's CUDA graphs: where a window pass has two ways, graphs of both. A runner's
+    first pass is run twice before it is captured, as SGLang's are, every other one once: most of a start goes there.
+    """
+    backend = parts_of(runner.attn_backend)[0]
+    if isinstance(backend, WindowAttention):
+        runner.attention_graph_variants = backend.ways(runner.captured_req_width)
+        runner.backend.capture_one = _warmed_once(runner.backend.capture_one)
+    capture(runner)
+
+
+def _warmed_once(capture_one: Callable[..., None]) -> Callable[..., None]:
+    """SGLang's `capture_one` runs what it is given three times, the third under capture."""
+    captured = count()
+
+    def capture(key: Any, forward: Callable[[], Any], **how: Any) -> None:
+        runs, first = count(), next(captured) == 0
+        capture_one(key, lambda: forward() if first or next(runs) != 1 else None, **how)
+
+    return capture
 
 
 class WindowGraphs:
