@@ -17,12 +17,14 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 FILE, PROCESSOR = "TIME_SHAPES_FILE", "TIME_SHAPES_PROCESSOR"
-PLUGIN = "[sglang.srt.plugins]\ntime_shapes = time_shapes:register\n"
+PLUGIN = "[sglang.srt.plugins]\n{script} = {script}:register\n"
 BRINGS = 3  # tokens a step, about, on the mean of all shapes
 
 
@@ -50,6 +52,21 @@ def written(took: Any, cost: Any, requests: int, shape: int, seconds: float, *of
     took(cost, requests, shape, seconds, *of_sort)
 
 
+@contextmanager
+def plugged_in(script: str = "time_shapes") -> Iterator[tuple[Path, dict[str, str]]]:
+    """A file that a server writes its steps to, and the environment in which it finds a script of this folder as a
+    plug-in.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        about = Path(folder, f"{script}-0.dist-info")
+        about.mkdir()
+        about.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: {script}\nVersion: 0\n")
+        about.joinpath("entry_points.txt").write_text(PLUGIN.format(script=script))
+        file = Path(folder, "steps.jsonl")
+        path = os.pathsep.join(filter(None, [folder, str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+        yield file, {"PYTHONPATH": path, FILE: str(file)}
+
+
 def main() -> None:
     from rich.console import Console
 
@@ -70,14 +87,7 @@ def main() -> None:
     models = Models.of("smollm2-135m", None)
     prompts = prompt_ids(models, "gsm8k", max(args.at_once))
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        about = Path(folder, "time_shapes-0.dist-info")
-        about.mkdir()
-        about.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: time_shapes\nVersion: 0\n")
-        about.joinpath("entry_points.txt").write_text(PLUGIN)
-        file = Path(folder, "steps.jsonl")
-        path = os.pathsep.join(filter(None, [folder, str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-        env = {"PYTHONPATH": path, FILE: str(file)}
+    with plugged_in() as (file, env):
         if args.processor:
             env |= {PROCESSOR: "1", "OMP_NUM_THREADS": "1"}
         with serving("all shapes", [*models.dflash_args(None), *args.server], Console(stderr=True), env) as url:
