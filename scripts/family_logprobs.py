@@ -55,8 +55,14 @@ CASES: dict[str, tuple[str, bool, list[str]]] = {
     "eight bits": ("qwen3", True, [*TREE, "--attention-backend", "triton", "--kv-cache-dtype", "fp8_e4m3"]),
     "eight bits, no DFLASH": ("qwen3", False, ["--attention-backend", "triton", "--kv-cache-dtype", "fp8_e4m3"]),
     "gpt-oss": ("gpt-oss", True, TREE),
+    "gpt-oss, pages": ("gpt-oss", True, [*BUDGET, "--page-size", "16", "--swa-full-tokens-ratio", "0.4"]),
+    "gpt-oss, one pool": ("gpt-oss", True, [*TREE, "--disable-hybrid-swa-memory"]),
     "gpt-oss, no DFLASH": ("gpt-oss", False, []),
+    "gpt-oss, four bits": ("gpt-oss-mxfp4", True, TREE),
+    "gpt-oss, four bits, no DFLASH": ("gpt-oss-mxfp4", False, []),
+    "delta nets, fa4": ("qwen3.5", True, [*TREE, *STATE_CACHE, "--attention-backend", "fa4"]),
     "images": ("qwen3.5-vl", True, [*BUDGET, *STATE_CACHE]),
+    "images, triton": ("qwen3.5-vl", True, [*BUDGET, *STATE_CACHE, "--attention-backend", "triton"]),
     "images, no DFLASH": ("qwen3.5-vl", False, STATE_CACHE),
 }
 

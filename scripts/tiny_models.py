@@ -5,7 +5,8 @@
 What they say means nothing, and a vocabulary of 96 tokens lets some of what is drafted come true: to see that a family
 of targets is served, with drafts of sliding and full layers. Serve them with --skip-tokenizer-init. `sliding` is dense:
 three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer). Of
-`qwen3-next`, `qwen3.5` and `qwen3.5-moe` three layers in four are gated delta nets; the second is dense. The families
+`qwen3-next`, `qwen3.5` and `qwen3.5-moe` three layers in four are gated delta nets; the second is dense.
+`gpt-oss-mxfp4` is gpt-oss with experts in four bits, as it is published; no CPU serves it. The families
 with images have a vision tower, positions on three axes, and a processor whose words are t0, t1, ...: `qwen3-vl-moe`,
 and the form that Qwen3.5 is published in, `qwen3.5-vl` and `qwen3.5-moe-vl`.
 """
@@ -13,6 +14,7 @@ and the form that Qwen3.5 is published in, `qwen3.5-vl` and `qwen3.5-moe-vl`.
 from __future__ import annotations
 
 import json
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,6 +67,7 @@ class Family(StrEnum):
     QWEN3 = "qwen3"
     QWEN3_MOE = "qwen3-moe"
     GPT_OSS = "gpt-oss"
+    GPT_OSS_MXFP4 = "gpt-oss-mxfp4"
     QWEN3_5 = "qwen3.5"
     QWEN3_NEXT = "qwen3-next"
     QWEN3_5_MOE = "qwen3.5-moe"
@@ -95,6 +98,8 @@ def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return sliding_target()
     if family in WITH_IMAGES:
         return target_with_images(family)
+    if family == Family.GPT_OSS_MXFP4:
+        return in_four_bits(*target(Family.GPT_OSS))
     shape = {**SHAPE, "num_hidden_layers": LAYERS}
     config = {
         Family.LLAMA: lambda: LlamaConfig(**shape),
@@ -109,6 +114,18 @@ def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
     raw = {**config.to_dict(), "architectures": [type(model).__name__], "full_attention_interval": LAYERS}
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     return raw, random_weights(shapes if family == Family.GPT_OSS else one_by_one(shapes))
+
+
+def in_four_bits(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """gpt-oss with other random experts, in MXFP4: two numbers a byte, and an exponent for each 32 of a row's."""
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape  # not quantised each is transposed
+        tensors[f"{name}_blocks"] = torch.randint(256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        # Their numbers have a root mean square of 2.9.
+        exponent = round(-math.log2(2.9 * columns**0.5))
+        tensors[f"{name}_scales"] = torch.full((experts, rows, columns // 32), 127 + exponent, dtype=torch.uint8)
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return {**config, "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": kept}}, tensors
 
 
 def target_with_images(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
