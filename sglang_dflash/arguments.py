@@ -217,7 +217,7 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         speculative_draft_model_quantization=None,  # SGLang lets a draft inherit its target's
         speculative_draft_kv_cache_dtype="auto",  # of the draft's own type, likewise
         **_settled_admission(server_args, chosen),
-        **_settled_pool(server_args, on_cpu),
+        **_settled_pool(server_args),
         **({} if on_cpu else _settled_on_cuda(server_args)),
     )
     original(server_args)
@@ -285,12 +285,12 @@ def _settled_admission(server_args: Any, chosen: Options) -> dict[str, int]:
     return settled
 
 
-def _settled_pool(server_args: Any, on_cpu: bool) -> dict[str, Any]:
+def _settled_pool(server_args: Any) -> dict[str, Any]:
     """Sliding layers keep their keys in a smaller pool beside that of full layers, whose slots the draft's context has
-    too. Where all layers slide SGLang would free those slots; on CUDA two pools have not been seen with trees.
+    too. Where all layers slide SGLang would free those slots.
     """
     target = _target(server_args)
-    return {"disable_hybrid_swa_memory": True} if target.two_pools and not (on_cpu and target.full_layers) else {}
+    return {"disable_hybrid_swa_memory": True} if target.two_pools and not target.full_layers else {}
 
 
 def _settled_on_cuda(server_args: Any) -> dict[str, Any]:

@@ -600,6 +600,12 @@ def test_as_many_requests_run_as_there_are_graphs_for_and_each_joins_at_once(on_
     assert fixed.max_running_requests is None  # SGLang's to say: each of them needs 32 rows of logits
 
 
+def test_sliding_layers_have_a_pool_of_their_own_on_cuda_too(
+    on_hopper: None, make_target: Callable[..., str]
+) -> None:
+    assert not settle(model_path=make_target(**GPT_OSS)).disable_hybrid_swa_memory
+
+
 def test_a_draft_takes_its_targets_type(on_hopper: None, make_draft: MakeDraft) -> None:
     settled = settle(speculative_draft_model_path=make_draft(dtype="float32"))
     assert settled.dtype == "bfloat16"  # by "auto", SGLang would load this draft as float16
