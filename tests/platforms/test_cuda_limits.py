@@ -99,8 +99,12 @@ TARGET = Target(
         ),
         ({"attention_backend": "triton"}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0), ""),
         (
+            {"attention_backend": "triton"}, {},
+            {"needs": {Need.DELTA_NETS: "it keeps a state", Need.IMAGES: "it reads images"}}, (12, 0), "",
+        ),
+        (
             {"attention_backend": "fa4"}, {}, {"needs": {Need.DELTA_NETS: "it keeps a state"}}, (9, 0),
-            "it keeps a state, which window passes of fa4 do not serve here yet (--attention-backend fa3 does)",
+            "window passes of fa4 do not serve here yet (--attention-backend fa3 or triton does)",
         ),
         ({"attention_backend": "triton"}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (9, 0), "of triton do not"),
         ({"dtype": "float32"}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (9, 0), "window passes of plain_torch do"),
