@@ -103,9 +103,10 @@ TARGET = Target(
             {"needs": {Need.DELTA_NETS: "it keeps a state", Need.IMAGES: "it reads images"}}, (12, 0), "",
         ),
         (
-            {"attention_backend": "fa4"}, {}, {"needs": {Need.DELTA_NETS: "it keeps a state"}}, (9, 0),
+            {"attention_backend": "fa4"}, {}, {"needs": {Need.IMAGES: "it reads images"}}, (9, 0),
             "window passes of fa4 do not serve here yet (--attention-backend fa3 or triton does)",
         ),
+        ({"attention_backend": "fa4"}, {}, {"needs": {Need.DELTA_NETS: "it keeps a state"}}, (9, 0), ""),
         ({"attention_backend": "triton"}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (9, 0), "of triton do not"),
         ({"dtype": "float32"}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (9, 0), "window passes of plain_torch do"),
         ({}, {}, {"head_dim": 80}, (9, 0), "target's head size 80 is not 64, 128 or 256"),

@@ -10,14 +10,14 @@ from sglang_dflash.platforms import PLAIN_ATTENTION, Backend, Need, either, othe
 from sglang_dflash.targets import Target
 
 FAST_ATTENTION, FLASHINFER, TRITON, FA4 = "fa3", "flashinfer", "triton", "fa4"
-# What each was seen with on a GPU; delta nets beside fa4, and eight bits beside FlashInfer, are written too.
+# What each was seen with on a GPU; eight bits beside FlashInfer are written too.
 BACKENDS = {
     FAST_ATTENTION: Backend(
         FAST_ATTENTION, frozenset({Need.DELTA_NETS, Need.WINDOWS, Need.SINKS, Need.IMAGES}), HEAD_SIZES
     ),
     FLASHINFER: Backend(FLASHINFER, frozenset(), HEAD_SIZES),
     TRITON: Backend(TRITON, frozenset({Need.FP8_CACHE, Need.DELTA_NETS, Need.IMAGES}), HEAD_SIZES),
-    FA4: Backend(FA4, frozenset(), (64, 128)),  # on Blackwell its kernel of size 256 reads no pages
+    FA4: Backend(FA4, frozenset({Need.DELTA_NETS}), (64, 128)),  # on Blackwell its kernel of size 256 reads no pages
     PLAIN_ATTENTION: Backend(PLAIN_ATTENTION),
 }
 # First numbers of the compute capabilities that a backend is made for; the others are for any.
