@@ -29,7 +29,7 @@ from rich.console import Console
 from schema_lengths import asked
 
 from sglang_dflash.cli.bench import device_name
-from sglang_dflash.cli.server import starting
+from sglang_dflash.cli.server import ServerError, starting
 
 Body = dict[str, Any]
 TOKENS = 40
@@ -156,6 +156,7 @@ def main() -> None:
         parser.error(f"there is no case {sorted(unknown)}: give some of {list(CASES)}")
     on_gpu = torch.cuda.is_available()
     dtype, found = "bfloat16" if on_gpu else "float32", {}
+    about = {"device": device_name(), "versions": {name: version(name) for name in ("sglang", "torch")}}
     if on_gpu:
         tiny_models.SHAPE.update(HEADS)
         tiny_models.GPT_OSS.update(WINDOW)
@@ -167,10 +168,13 @@ def main() -> None:
             server = arguments(*made(family, Path(folder), dtype), dtype, drafts, own)
             servers[name] = stack.enter_context(starting(name, server))
         for name, server in servers.items():
-            found[name] = rows(server.ready(Console()), CASES[name][0] in tiny_models.WITH_IMAGES)
+            try:
+                found[name] = rows(server.ready(Console()), CASES[name][0] in tiny_models.WITH_IMAGES)
+            except ServerError as error:  # told; the others may start
+                print(error, flush=True)
+                continue
             print(name, summary(found[name]), flush=True)
-    about = {"device": device_name(), "versions": {name: version(name) for name in ("sglang", "torch")}}
-    asks.out.write_text(json.dumps({**about, "cases": found}, indent=1) + "\n")
+            asks.out.write_text(json.dumps({**about, "cases": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

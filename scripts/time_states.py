@@ -36,7 +36,6 @@ from typing import Any
 
 import numpy as np
 import time_shapes
-from load_rows import VERSIONS
 from rich.console import Console
 
 from sglang_dflash.cli import load
@@ -238,7 +237,7 @@ def main() -> None:
         for size in asked.sizes or PUBLISHED
         for i in range(0, len(asked.servers), SIZES[size].together)
     ]
-    about = {"device": device_name(), "versions": {name: version(name) for name in VERSIONS}}
+    about = {"device": device_name(), "versions": {name: version(name) for name in ("sglang", "torch")}}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name, ExitStack() as outer, ThreadPoolExecutor() as waiting:
         folder, begin = Path(name), time.monotonic()
