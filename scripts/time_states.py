@@ -258,6 +258,7 @@ def main() -> None:
                 except ServerError as error:  # told; the others may start
                     print(error, flush=True)
             stack.close()
+            time.sleep(2)  # a GPU's memory comes back a little after the process is gone
 
 
 def _split(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
