@@ -2,6 +2,7 @@
 
     python scripts/time_states.py docs/results/gpu/states.json                 # 9B, 4B and 27B, on a GPU of 141 GB
     python scripts/time_states.py out.json tiny -- --dtype float32             # on a CPU, to try this script
+    python scripts/time_states.py docs/results/gpu/states.json --table         # what is there, as Markdown
 
 Three servers a size: plain decoding without DFLASH, chains of 7, and trees of 7 nodes (7 deep) and 15 (10 deep). Those
 of DFLASH take their shapes, and drafting nothing, in turn. A row is a median; what plain decoding takes is a token's
@@ -231,7 +232,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("sizes", nargs="*", help=f"of: {' '.join(SIZES)}")
     parser.add_argument("--servers", nargs="*", choices=SERVERS, default=["trees", "chains", "none"])
+    parser.add_argument("--table", action="store_true")
     asked, own = _split(parser)
+    if asked.table:
+        print(*table(json.loads(asked.out.read_text())["rows"]), sep="\n")
+        return
     groups = [
         (size, asked.servers[i : i + SIZES[size].together])
         for size in asked.sizes or PUBLISHED
@@ -259,6 +264,25 @@ def main() -> None:
                     print(error, flush=True)
             stack.close()
             time.sleep(2)  # a GPU's memory comes back a little after the process is gone
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A row a size and load: milliseconds, and how many tokens a step must bring to be as fast as plain decoding."""
+    took: dict[tuple[str, int], dict[tuple[str, int], float]] = defaultdict(dict)
+    for row in rows:
+        if "requests" in row:
+            took[row["size"], row["requests"]][row["server"], row.get("nodes", 0)] = row["step_ms"]
+    columns = {("none", 0): "none", ("trees", 0): "nothing drafted", ("chains", 7): "chain of 7",
+               ("trees", 7): "tree of 7", ("trees", 15): "tree of 15"}  # fmt: skip
+    yield f"| target | at once | {' | '.join(columns.values())} |"
+    yield "|---" * (len(columns) + 2) + "|"
+    for (size, at_once), of in took.items():
+        plain = of.get(("none", 0))
+        cells = [
+            "" if column not in of else f"{of[column]:.2f}" + (f" ({of[column] / plain:.2f}x)" if plain else "")
+            for column in columns
+        ]
+        yield f"| {size} | {at_once} | {' | '.join(cells)} |"
 
 
 def _split(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:

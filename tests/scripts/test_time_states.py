@@ -51,6 +51,17 @@ def test_rows_are_medians_of_steps_of_so_many_requests(
     ]
 
 
+def test_a_row_of_the_table_says_how_many_tokens_a_step_must_bring(script: ModuleType) -> None:
+    said = {"size": "9B", "requests": 4}
+    rows = [
+        {"size": "9B", "server": "trees", "memory_gb": {}},
+        {**said, "server": "trees", "nodes": 0, "step_ms": 5.0},
+        {**said, "server": "trees", "nodes": 15, "step_ms": 8.0},
+        {**said, "server": "none", "step_ms": 4.0},
+    ]
+    assert [*script.table(rows)][2:] == ["| 9B | 4 | 4.00 (1.00x) | 5.00 (1.25x) |  |  | 8.00 (2.00x) |"]
+
+
 @pytest.mark.parametrize(("size", "billions"), [("4B", 4.8), ("9B", 9.0), ("27B", 26.9)])
 def test_a_size_is_what_it_is_called_and_its_draft_is_ours_to_serve(
     script: ModuleType, tmp_path: Path, size: str, billions: float
