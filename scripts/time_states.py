@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import struct
 import sys
@@ -29,7 +30,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -262,6 +263,9 @@ def main() -> None:
                         asked.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
                 except ServerError as error:  # told; the others may start
                     print(error, flush=True)
+            for server in servers:  # at once: SGLang takes many seconds to end, and the next ones wait for the memory
+                with suppress(ProcessLookupError):  # that it did not start was told
+                    os.killpg(server.starting.process.pid, signal.SIGKILL)
             stack.close()
             time.sleep(2)  # a GPU's memory comes back a little after the process is gone
 
