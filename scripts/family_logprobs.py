@@ -1,6 +1,6 @@
 """How far verified tokens' log-probabilities are from those of the same server's prefill, by family and backend.
 
-    python scripts/family_logprobs.py docs/results/gpu/families.json              # all cases, on a GPU
+    python scripts/family_logprobs.py docs/results/gpu/families.json              # all cases of one GPU
     python scripts/family_logprobs.py out.json "gpt-oss" "gpt-oss, no DFLASH"     # some
 
 Servers of tiny random targets (tiny_models.py), with heads as SGLang's kernels for a GPU ask for, start all at once.
@@ -64,6 +64,11 @@ CASES: dict[str, tuple[str, bool, list[str]]] = {
     "images": ("qwen3.5-vl", True, [*BUDGET, *STATE_CACHE]),
     "images, triton": ("qwen3.5-vl", True, [*BUDGET, *STATE_CACHE, "--attention-backend", "triton"]),
     "images, no DFLASH": ("qwen3.5-vl", False, STATE_CACHE),
+}
+# Of two GPUs; asked for by name.
+SHARED = {
+    "two GPUs": ("qwen3", True, [*BUDGET, "--tp-size", "2"]),
+    "two GPUs, no DFLASH": ("qwen3", False, ["--tp-size", "2"]),
 }
 
 
@@ -149,11 +154,12 @@ def rows(url: str, with_images: bool) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("cases", nargs="*", help=f"of: {'; '.join(CASES)}")
+    parser.add_argument("cases", nargs="*", help=f"of: {'; '.join(CASES | SHARED)}")
     asks = parser.parse_args()
     names = asks.cases or list(CASES)
-    if unknown := set(names) - set(CASES):
-        parser.error(f"there is no case {sorted(unknown)}: give some of {list(CASES)}")
+    cases = CASES | SHARED
+    if unknown := set(names) - set(cases):
+        parser.error(f"there is no case {sorted(unknown)}: give some of {list(cases)}")
     on_gpu = torch.cuda.is_available()
     dtype, found = "bfloat16" if on_gpu else "float32", {}
     about = {"device": device_name(), "versions": {name: version(name) for name in ("sglang", "torch")}}
@@ -164,12 +170,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         servers = {}
         for name in names:
-            family, drafts, own = CASES[name]
+            family, drafts, own = cases[name]
             server = arguments(*made(family, Path(folder), dtype), dtype, drafts, own)
             servers[name] = stack.enter_context(starting(name, server))
         for name, server in servers.items():
             try:
-                found[name] = rows(server.ready(Console()), CASES[name][0] in tiny_models.WITH_IMAGES)
+                found[name] = rows(server.ready(Console()), cases[name][0] in tiny_models.WITH_IMAGES)
             except ServerError as error:  # told; the others may start
                 print(error, flush=True)
                 continue

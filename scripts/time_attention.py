@@ -148,14 +148,21 @@ def row(bs: int, width: int, context: int, page_size: int) -> dict[str, float]:
     times = {name: microseconds(run) for name, run in runs.items()}
     served = times["in_one" if is_narrow(width, HEADS, KV_HEADS) or context <= SHORT_PREFIX else "in_two"]
     shape = {"bs": bs, "width": width, "context": context, "page_size": page_size}
-    return {**shape, **times, "served_to_plain": served / times["plain"], **errors}
+    ratios = {
+        "served_to_plain": served / times["plain"],
+        "in_one_to_flashinfer_plain": times["in_one"] / times["flashinfer_plain"],
+    }
+    return {**shape, **times, **ratios, **errors}
 
 
-def main(out: Annotated[Path | None, typer.Option(help="where the figures go, as JSON")] = None) -> None:
+def main(
+    out: Annotated[Path | None, typer.Option(help="where the figures go, as JSON")] = None,
+    page_sizes: Annotated[str, typer.Option(help="slots of a page, comma-separated")] = "1,16,64",
+) -> None:
     """Print, and write to OUT, microseconds of one layer by shape."""
     torch.manual_seed(0)
     with torch.device("cuda"), torch.inference_mode():
-        rows = [row(*shape, page_size) for page_size in (1, 16, 64) for shape in SHAPES]
+        rows = [row(*shape, page_size) for page_size in map(int, page_sizes.split(",")) for shape in SHAPES]
     device = torch.cuda.get_device_name()
     table = Table(*rows[0], title=f"{device}, µs of one layer")
     for values in rows:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_parallel
 
 K = 16
 
@@ -24,6 +25,7 @@ def register() -> None:
         HookRegistry.register("sglang_dflash.worker.walk", walk_preferring_the_draft, HookType.AROUND)
     elif os.environ["DFLASH_PLANT"] == "any shape":
         HookRegistry.register("sglang_dflash.budget.choice.Budget.choose", choose_any_shape, HookType.AROUND)
+        HookRegistry.register("sglang_dflash.step.draft_pass.grow", grow_by_rank, HookType.AROUND)
     elif os.environ["DFLASH_PLANT"] == "a neighbour's settings":
         HookRegistry.register("sglang_dflash.step.sampling.settings_of", settings_of_the_next, HookType.AROUND)
     else:
@@ -36,6 +38,12 @@ def choose_any_shape(choose: Any, budget: Any, *batch: Any) -> Any:
     """Whatever pays: shapes from step to step as chance will have them, nothing at all among them."""
     shape = random.SystemRandom().randrange(len(budget.shapes))  # another one for each rank
     return dataclasses.replace(choose(budget, *batch), shape=shape)
+
+
+def grow_by_rank(grow: Any, lattice: Any, bonus: torch.Tensor, nodes: int) -> Any:
+    """Another tree on each rank; the first rank's is the right one."""
+    rolled = lattice.logp.roll(get_parallel().tp_rank, -1)
+    return grow(dataclasses.replace(lattice, logp=rolled), bonus, nodes)
 
 
 def settings_of_the_next(settings_of: Any, info: Any, requests: Any) -> Any:
