@@ -48,6 +48,12 @@ GRAPH_OPS = 8  # a pass has more
 LISTED = 25
 NAME_LENGTH = 160
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+ON_HOST = ("cuda_runtime", "cuda_driver")
+# Calls in which the host waits for the GPU; a copy of this name is one to or from memory that is not pinned.
+WAITS = (
+    "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cuStreamSynchronize",
+    "cuEventSynchronize", "cuCtxSynchronize",
+)  # fmt: skip
 WALK, GROWS = "walk_kernel", ("grow_kernel", "grow_chain_kernel")
 PARTS = ("after verify", "draft", "after draft", "verify")
 
@@ -286,9 +292,20 @@ def analyse(trace: dict[str, Any], batch: int) -> dict[str, Any]:
         "idle": round(1 - busy / total, 4),
         "parts": [_part(i, steps, ops) for i in range(len(PARTS))],
         "launches": _launches(steps, {graph[0].launch for graph in graphs_of(ops)}),
+        "host_waits": host_waits(trace, steps[0].edges[0], steps[-1].edges[-1], len(steps)),
         "between": {PARTS[i]: _listed(typical, i) for i in (0, 2)},
         "kernels": _kernels(steps, total),
     }
+
+
+def host_waits(trace: dict[str, Any], begin: float, end: float, steps: int) -> dict[str, float]:
+    """Calls between two times in which the host waited for the GPU, a step. For a step's results it does, by an event."""
+    counts = Counter(
+        event["name"].partition("_v")[0]
+        for event in trace["traceEvents"]
+        if event.get("cat") in ON_HOST and begin <= event["ts"] < end
+    )
+    return {name: round(counts[name] / steps, 2) for name in WAITS if counts[name]}
 
 
 def _part(i: int, steps: list[Step], ops: list[Op]) -> dict[str, Any]:
@@ -357,7 +374,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         f"\n[bold]{report['batch']} at once[/]: {report['steps']} steps of {report['profiled_step_ms']} ms "
         f"({report['step_ms']} ms without the profiler), busy {report['busy_ms']} ms, "
         f"idle {report['idle']:.1%}; a step launches "
-        f"{launches['graphs']:g} graphs of {launches['in_graphs']:g} operations and {launches['others']:g} others"
+        f"{launches['graphs']:g} graphs of {launches['in_graphs']:g} operations and {launches['others']:g} others; "
+        f"the host waits: {report['host_waits']}"
     )
     for title, rows in {"parts of a step": report["parts"], **report["between"], "kernels": report["kernels"]}.items():
         table = Table(*rows[0], title=title, title_justify="left")

@@ -47,8 +47,12 @@ def step(begin: float, batch: int = BATCH) -> Iterator[dict[str, Any]]:
     yield op("dflash::(anonymous namespace)::walk_kernel(long*)", begin + 195, 5, grid=[batch, 1, 1])
 
 
+def call(name: str, start: float) -> dict[str, Any]:
+    return {"ph": "X", "cat": "cuda_runtime", "name": name, "ts": start, "dur": 9.0, "args": {"cbid": 1}}
+
+
 def trace(steps: int, batch: int = BATCH) -> dict[str, Any]:
-    host = {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 3.0, "dur": 9.0, "args": {"cbid": 1}}
+    host = call("cudaGraphLaunch", 3.0)
     events = [e for i in range(steps) for e in step(i * STEP, batch)]
     events = [e for e in events if e["ts"] > 150]  # of the first step, its end alone
     return {"deviceProperties": [{"name": "a GPU"}], "traceEvents": [host, {"ph": "M", "name": "x"}, *events]}
@@ -68,6 +72,17 @@ def test_a_step_and_what_runs_in_it() -> None:
         {"part": "verify", "us": 100.0, "idle_us": 0.0, "ops": 21},
     ]
     assert report["launches"] == {"graphs": 2, "in_graphs": 30, "others": 6}
+
+
+def test_where_the_host_waits() -> None:
+    quiet = trace(9)
+    assert trace_step.analyse(quiet, BATCH)["host_waits"] == {}
+    results = [call("cudaEventSynchronize", i * STEP + 10) for i in range(9)]
+    copies = [call("cudaMemcpy", 1000.0), call("cudaMemcpyAsync", 1010.0), call("cudaStreamSynchronize", 1020.0)]
+    before = [call("cudaDeviceSynchronize", 150.0)]  # a profiler begins
+    events = [*quiet["traceEvents"], *results, *copies, *before]
+    waits = trace_step.analyse({**quiet, "traceEvents": events}, BATCH)["host_waits"]
+    assert waits == {"cudaEventSynchronize": 1.0, "cudaMemcpy": 0.2, "cudaStreamSynchronize": 0.2}
 
 
 def test_what_runs_between_the_passes_in_order() -> None:
