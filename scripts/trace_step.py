@@ -299,7 +299,7 @@ def analyse(trace: dict[str, Any], batch: int) -> dict[str, Any]:
 
 
 def host_waits(trace: dict[str, Any], begin: float, end: float, steps: int) -> dict[str, float]:
-    """Calls between two times in which the host waited for the GPU, a step. For a step's results it does, by an event."""
+    """Calls between two times in which the host waited for the GPU, a step: for its results it does, by an event."""
     counts = Counter(
         event["name"].partition("_v")[0]
         for event in trace["traceEvents"]
