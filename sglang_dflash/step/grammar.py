@@ -50,8 +50,8 @@ class Grammars:
     """The grammars of one step. Begun with a batch's tree, before the target's pass over it is launched.
 
     rows: requests that have a grammar; seconds: what the host took for them behind the pass.
-    open: rows of requests of whose nodes some have no mask; tokens, parents [bs, w]: the tree, on the host. There is none
-    of these before `mask_ahead` is called.
+    open: requests of whose nodes some have no mask; tokens, parents [bs, w]: the tree, on the host. All three once
+    `mask_ahead` was called.
     """
 
     open: set[int]
