@@ -54,16 +54,23 @@ class Budget:
         shape = int(rates.argmax())
         self._saved = min(self._saved + PROBES * seconds[shape], SAVED * seconds[shape])
         if drafting.any():
-            unknown = (np.arange(len(self.shapes)) > shape) | self.cost.guessed(bs, sort)
-            shape = self._probe(shape, allowed & (self._unseen >= np.where(unknown, *RARE)), rates, seconds)
+            guessed = self.cost.guessed(bs, sort)
+            unknown = (np.arange(len(self.shapes)) > shape) | guessed
+            due = allowed & (self._unseen >= np.where(unknown, *RARE))
+            shape = self._probe(shape, due, guessed, rates, seconds)
         self._unseen += 1
         self._unseen[shape] = 0
         return Choice(shape, requests, kinds, drafting, sort, float(tokens[shape]))
 
-    def _probe(self, best: int, due: np.ndarray, rates: np.ndarray, seconds: np.ndarray) -> int:
-        """Another shape, of those that were long not seen, where what was saved pays for what it loses."""
+    def _probe(
+        self, best: int, due: np.ndarray, guessed: np.ndarray, rates: np.ndarray, seconds: np.ndarray
+    ) -> int:
+        """Another shape, of those that were long not seen, where what was saved pays for what it loses. Nothing else is
+        paid for while the cost of one is a guess: that one may be the dearest, and the best.
+        """
         lost = seconds * (1 - rates / rates[best])
-        due = due & (lost <= self._saved)
+        first = due & guessed & (lost <= SAVED * seconds[best])
+        due = (first if first.any() else due) & (lost <= self._saved)
         if not due.any():
             return best
         shape = int(np.where(due, self._unseen, -1).argmax())

@@ -26,8 +26,11 @@ CHECKS = 0.25  # of a step in what a request's grammar is thought to cost
 class Cost:
     """Seconds of a step, by requests, shape and sort of batch.
 
-    Where passes were measured before serving, steps correct that slowly: a hiccup is no cost. Elsewhere what is
-    expected only says how costs may compare, and the first step of each shape and size is believed at once.
+    Where passes were measured before serving, steps correct that slowly: a hiccup is no cost. But none makes a step
+    faster, so a shape's first steps that are faster than believed are believed at once. What one takes longer than
+    expected, for its contexts or for a host that does not keep up, any other shape is thought to take as well.
+    Elsewhere what is expected only says how costs may compare, and the first step of each shape and size is believed at
+    once.
 
     Steps of other sorts correct no plain one's: they have factors of their own, over what a plain step and the host's
     checks of its walks against grammars are thought to take. These go by requests: a walk is short in a large tree too.
@@ -39,6 +42,7 @@ class Cost:
         passes = 1 + PER_TOKEN * tokens
         self._expected = passes[..., 0] + DRAFT * np.where(tokens[..., 1] > 0, passes[..., 1], 0)  # [shapes, sizes]
         self._factors = np.full((SORTS, *self._expected.shape), np.nan)  # measured over expected, once there is one
+        self._times = np.zeros(self._factors.shape)  # how often
         self._measured = False  # whether what is expected was
         self._checks = np.zeros(requests)  # seconds a step, by request
         self._usual_checks = np.nan
@@ -66,19 +70,20 @@ class Cost:
         at = self._nearest(requests)
         if not self._measured and np.isnan(self._factors[0]).all():
             sort, seconds = 0, max(seconds - checks, seconds / 2)  # any step tells the scale of all
-        expected = self._without_factor(requests, sort, checks)[shape]
+        expected = self._without_factor(requests, sort, checks)
         own = self._factors[sort]
         if not self._measured and np.isnan(self._factors[[0, sort], shape, at]).all():
-            own[shape, at] = seconds / expected
+            own[shape, at] = seconds / expected[shape]
             return
-        believed = _believed(own, at)[shape]  # at first, what is known of shapes and sizes nearby
-        surprise = np.log(seconds / (believed * expected))
-        own[shape, at] = believed * np.exp(RATE * np.clip(surprise, -SURPRISE, SURPRISE))
+        believed = self._believed(expected, sort, at)[shape]  # at first, by what is known of shapes and sizes nearby
+        surprise, times = np.log(seconds / believed), self._times[sort]
+        rate = max(RATE, 1 / (1 + times[shape, at])) if surprise < 0 and self._measured else RATE
+        times[shape, at] += 1
+        own[shape, at] = believed / expected[shape] * np.exp(rate * min(surprise, SURPRISE))
 
     def seconds(self, requests: int, sort: int = 0, checks: float = 0.0) -> np.ndarray:
         """What a step of so many requests is thought to take, [shapes] float64; checks: seconds of it."""
-        own = _believed(self._factors[sort], self._nearest(requests))
-        return self._without_factor(requests, sort, checks) * own
+        return self._believed(self._without_factor(requests, sort, checks), sort, self._nearest(requests))
 
     def checks(self, requests: np.ndarray) -> float:
         """Seconds that checks of these requests are thought to take."""
@@ -86,25 +91,29 @@ class Cost:
 
     def guessed(self, requests: int, sort: int = 0) -> np.ndarray:
         """Shapes [shapes] bool of which no such step was ever timed: what is believed of them comes from others."""
-        never = np.isnan(self._factors[[0, sort], :, self._nearest(requests)]).all(0)
-        return np.asarray(never & (not self._measured))
+        return np.asarray(np.isnan(self._factors[[0, sort], :, self._nearest(requests)]).all(0))
 
     def _without_factor(self, requests: int, sort: int, checks: float) -> np.ndarray:
         """What the factors of a sort are over, [shapes]."""
         expected = np.array([np.interp(requests, SIZES, row) for row in self._expected])
-        return expected if sort == 0 else expected * _believed(self._factors[0], self._nearest(requests)) + checks
+        return expected if sort == 0 else self._believed(expected, 0, self._nearest(requests)) + checks
+
+    def _believed(self, expected: np.ndarray, sort: int, at: int) -> np.ndarray:
+        """Seconds of each shape, expected [shapes] by a sort's factors at a size: its own, else those of the nearest
+        shape, else of the nearest size.
+        """
+        factors = self._factors[sort]
+        sizes = np.flatnonzero(~np.isnan(factors).all(0))
+        if not len(sizes):
+            return expected
+        column = factors[:, sizes[np.abs(sizes - at).argmin()]]
+        known = np.flatnonzero(~np.isnan(column))
+        nearest = known[np.abs(np.arange(len(column))[:, None] - known).argmin(1)]
+        factor = column[nearest]
+        longer = expected + expected[nearest] * (factor - 1)
+        return np.where((factor > 1) & self._measured, longer, expected * factor)
 
     def _nearest(self, requests: int) -> int:
         return int(np.abs(np.log2(SIZES) - np.log2(requests)).argmin())
 
 
-def _believed(factors: np.ndarray, at: int) -> np.ndarray:
-    """Of factors [shapes, sizes] those at a size: each its own, else of the nearest shape, else of the nearest size."""
-    measured = ~np.isnan(factors)
-    if not measured.any():
-        return np.ones(len(factors))
-    sizes = np.flatnonzero(measured.any(0))
-    column = factors[:, sizes[np.abs(sizes - at).argmin()]]
-    known = np.flatnonzero(~np.isnan(column))
-    nearest = np.abs(np.arange(len(column))[:, None] - known).argmin(1)
-    return column[known[nearest]]

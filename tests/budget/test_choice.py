@@ -58,6 +58,25 @@ def test_a_wrong_table_heals() -> None:
     assert tokens / seconds > 0.95 * world.best(4, 10_000)[1]
 
 
+@pytest.mark.parametrize("bs", [64, 128])
+@pytest.mark.parametrize("dear", [0, 2])
+def test_one_shape_that_looked_twice_as_dear_is_found_out(bs: int, dear: int) -> None:
+    world, budget = World(0.5), told(Budget(SHAPES, 512), lambda bs, s: (1 + (s.nodes == dear)) * roof(bs, s))
+    world.run(budget, bs, 400)
+    tokens, seconds, _ = world.run(budget, bs, 200)
+    assert tokens / seconds > 0.95 * world.best(bs, 10_000)[1]
+
+
+@pytest.mark.parametrize("likely", [0.3, 0.5, 0.65])
+@pytest.mark.parametrize("bs", [16, 64])
+def test_a_host_that_does_not_keep_up_is_no_reason_against_wider_trees(bs: int, likely: float) -> None:
+    """No step is faster than its host; how wide a tree is costs the host nothing."""
+    world, budget = World(likely, lambda bs, shape: max(roof(bs, shape), 0.010)), told(Budget(SHAPES, 512))
+    world.run(budget, bs, 200)
+    tokens, seconds, _ = world.run(budget, bs, 200)
+    assert tokens / seconds > 0.9 * world.best(bs, 10_000)[1]
+
+
 @pytest.mark.parametrize("bs", [4, 16])
 def test_where_nothing_was_measured_a_smaller_shape_is_soon_timed(bs: int) -> None:
     """On a CPU each token costs: what a wide step takes says little of what a plain one would."""

@@ -26,12 +26,22 @@ def test_a_hiccup_is_no_cost() -> None:
 
 
 def test_a_lasting_change_is_believed() -> None:
-    """Contexts grow, and every step with them: shapes that were not taken since are thought to follow."""
+    """Contexts grow, and every step takes as much longer: shapes that were not taken since are thought to follow."""
     cost = told(Budget(SHAPES, 8)).cost
     for _ in range(60):
         cost.took(16, 3, 2 * roof(16, SHAPES[3]))
     assert cost.seconds(16)[3] == pytest.approx(2 * roof(16, SHAPES[3]), rel=0.05)
-    assert cost.seconds(16)[4] == pytest.approx(2 * roof(16, SHAPES[4]), rel=0.05)
+    assert cost.seconds(16)[4] == pytest.approx(roof(16, SHAPES[4]) + roof(16, SHAPES[3]), rel=0.05)
+
+
+def test_a_step_faster_than_believed_is_no_hiccup() -> None:
+    cost = told(Budget(SHAPES, 8), lambda bs, shape: 3 * roof(bs, shape)).cost  # another server ran beside it
+    cost.took(16, 3, roof(16, SHAPES[3]))
+    assert cost.seconds(16)[3] == pytest.approx(roof(16, SHAPES[3]))
+    for _ in range(20):
+        cost.took(16, 3, roof(16, SHAPES[3]))
+    cost.took(16, 3, 0.2 * roof(16, SHAPES[3]))  # one is none either
+    assert cost.seconds(16)[3] > 0.8 * roof(16, SHAPES[3])
 
 
 def test_larger_batches_than_were_measured_cost_in_proportion() -> None:
