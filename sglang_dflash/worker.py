@@ -40,7 +40,7 @@ from sglang_dflash.step.carry import Carry
 from sglang_dflash.step.commit import commit
 from sglang_dflash.step.draft_pass import DraftRunner, pools_of
 from sglang_dflash.step.foresight import Foresight
-from sglang_dflash.step.grammar import NodeMasks
+from sglang_dflash.step.grammar import Grammars
 from sglang_dflash.step.penalties import Penalised, Penalties
 from sglang_dflash.step.plan import Planner
 from sglang_dflash.step.results import StepResult
@@ -185,15 +185,16 @@ class DFlashWorker(BaseSpecWorker):
         penalised = self.penalties.of(batch, lengths, batch.reqs)
         tree = self.draft.draft(batch, window, step.shape, penalised, partial(self._leads, batch, grammar_barrier))
         step.clock.drafted()
-        masks = NodeMasks(batch, tree) if batch.has_grammar else None
+        grammars = Grammars(batch, tree) if batch.has_grammar else None
         verified, positions = self._verify(batch, window, tree)
         step.clock.verified()
         output = verified.logits_output
         features, output.hidden_states = output.hidden_states, None
-        if masks is not None:
-            masks.apply(output.next_token_logits, grammar_barrier)
-            self.planner.masked(masks)
-        walked = self._sample_and_walk(batch, window, output, positions, tree, penalised)
+        if grammars is not None:
+            grammars.mask_ahead(output.next_token_logits, grammar_barrier)
+        walked = self._sample_and_walk(batch, window, output, positions, tree, penalised, grammars)
+        if grammars is not None:
+            self.planner.checked(grammars)
         self.penalties.follow(penalised, lengths, walked.tokens, walked.lens)
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
@@ -258,11 +259,12 @@ class DFlashWorker(BaseSpecWorker):
         positions: Tensor,
         tree: DraftTree,
         penalised: Penalised | None,
+        grammars: Grammars | None,
     ) -> Walk:
         bs, width = tree.tokens.shape
         logits = output.next_token_logits
         adjust_logits(logits.view(bs, width, -1), batch.sampling_info, tree, penalised)
-        sampled = sample_nodes(logits, batch.sampling_info, positions, tree)
+        sampled = sample_nodes(logits, batch.sampling_info, positions, tree, grammars)
         walked = walk(tree, sampled, window.deepest)
         if batch.return_logprob:
             compute_spec_logprobs(batch, output, sampled.flatten(), accept_index=_walked_rows(walked, width))

@@ -49,7 +49,7 @@ class Budget:
         bs = len(requests)
         allowed = np.array([bs <= shape.most for shape in self.shapes])
         tokens = bs + self.gain.expected(requests[drafting]).sum(0)
-        seconds = self.cost.seconds(bs, sort, self.cost.masks(requests))
+        seconds = self.cost.seconds(bs, sort, self.cost.checks(requests))
         rates = np.where(allowed, tokens / seconds, -np.inf)
         shape = int(rates.argmax())
         self._saved = min(self._saved + PROBES * seconds[shape], SAVED * seconds[shape])

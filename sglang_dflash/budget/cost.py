@@ -1,8 +1,8 @@
 """What a step costs: seconds by batch size and shape, expected at first, learned from the steps that are taken.
 
 Batches are of several sorts (plain ones; some with grammars, with penalties): what else the host does for them is in
-the times of their own steps. And grammars differ a thousandfold in what a mask costs: so the host's time for each
-request's masks is measured where they are made.
+the times of their own steps. And grammars differ a thousandfold in what a mask costs: so the host's time for those that
+wait for a pass is measured where they are made.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SURPRISE = 0.7  # most that one measurement counts, in natural logarithms: a hic
 # pass's of the target's. So on a CPU, about: a GPU measures.
 PER_TOKEN, DRAFT = 0.03, 0.1
 SORTS = 4  # of batches: the first is the plain one
-MASKS = 0.25  # of a step in what a request's masks are thought to cost
+CHECKS = 0.25  # of a step in what a request's grammar is thought to cost
 
 
 class Cost:
@@ -32,8 +32,8 @@ class Cost:
     Elsewhere what is expected only says how costs may compare, and the first step of each shape and size is believed at
     once.
 
-    Steps of other sorts correct no plain one's: they have factors of their own, over what a plain step and the masks
-    are thought to take. Where passes were measured, on a GPU, masks are made beside its pass; elsewhere behind it.
+    Steps of other sorts correct no plain one's: they have factors of their own, over what a plain step and the host's
+    checks of its walks against grammars are thought to take. These go by requests: a walk is short in a large tree too.
     """
 
     def __init__(self, shapes: Sequence[Shape], requests: int) -> None:
@@ -44,10 +44,8 @@ class Cost:
         self._factors = np.full((SORTS, *self._expected.shape), np.nan)  # measured over expected, once there is one
         self._times = np.zeros(self._factors.shape)  # how often
         self._measured = False  # whether what is expected was
-        self._verified = np.array([s.verified for s in shapes])
-        self._allowed = np.full(len(shapes), np.nan)  # share of a tree's nodes that have a mask: none that is forbidden
-        self._mask = np.zeros(requests)  # seconds of one, by request
-        self._usual_mask = np.nan
+        self._checks = np.zeros(requests)  # seconds a step, by request
+        self._usual_checks = np.nan
 
     def expect(self, shape: int, requests: np.ndarray, seconds: np.ndarray) -> None:
         """Take what a shape's passes took before serving: seconds [sizes] by requests [sizes], ascending."""
@@ -55,28 +53,24 @@ class Cost:
         self._expected[shape] = np.interp(SIZES, requests, seconds) * beyond
         self._measured = True
 
-    def begin(self, requests: np.ndarray, masked: np.ndarray) -> None:
-        """New requests under these numbers; masked [requests] bool: those that have masks."""
-        self._mask[requests] = np.where(masked, np.nan_to_num(self._usual_mask), 0)
+    def begin(self, requests: np.ndarray, checked: np.ndarray) -> None:
+        """New requests under these numbers; checked [requests] bool: those that have a grammar."""
+        self._checks[requests] = np.where(checked, np.nan_to_num(self._usual_checks), 0)
 
-    def masks_took(self, requests: np.ndarray, made: np.ndarray, seconds: float) -> None:
-        """Learn from the making of masks; made [requests, w] bool: for which nodes, one each at least."""
-        each = seconds / made.sum()
-        if np.isnan(self._usual_mask):
-            self._mask[requests] = self._usual_mask = each
-        self._mask[requests] += MASKS * (each - self._mask[requests])
-        self._usual_mask += MASKS * (each - self._usual_mask)
-        seen = self._verified[self._verified <= made.shape[1]]  # a tree's first nodes are the smaller tree
-        shares = made.mean(0).cumsum()[seen - 1] / seen
-        known = self._allowed[: len(seen)]
-        self._allowed[: len(seen)] = np.where(np.isnan(known), shares, known + MASKS * (shares - known))
+    def checks_took(self, requests: np.ndarray, seconds: float) -> None:
+        """Learn from the checks of a step, of these requests."""
+        each = seconds / len(requests)
+        if np.isnan(self._usual_checks):
+            self._checks[requests] = self._usual_checks = each
+        self._checks[requests] += CHECKS * (each - self._checks[requests])
+        self._usual_checks += CHECKS * (each - self._usual_checks)
 
-    def took(self, requests: int, shape: int, seconds: float, sort: int = 0, masks: float = 0.0) -> None:
-        """Learn from a step of so many requests, of whose time the host made masks for so many seconds."""
+    def took(self, requests: int, shape: int, seconds: float, sort: int = 0, checks: float = 0.0) -> None:
+        """Learn from a step of so many requests, of whose time the host's checks took so many seconds."""
         at = self._nearest(requests)
         if not self._measured and np.isnan(self._factors[0]).all():
-            sort, seconds = 0, max(seconds - masks, seconds / 2)  # any step tells the scale of all
-        expected = self._without_factor(requests, sort, masks)
+            sort, seconds = 0, max(seconds - checks, seconds / 2)  # any step tells the scale of all
+        expected = self._without_factor(requests, sort, checks)
         own = self._factors[sort]
         if not self._measured and np.isnan(self._factors[[0, sort], shape, at]).all():
             own[shape, at] = seconds / expected[shape]
@@ -87,28 +81,22 @@ class Cost:
         times[shape, at] += 1
         own[shape, at] = believed / expected[shape] * np.exp(rate * min(surprise, SURPRISE))
 
-    def seconds(self, requests: int, sort: int = 0, masks: np.ndarray | float = 0.0) -> np.ndarray:
-        """What a step of so many requests is thought to take, [shapes] float64; masks [shapes]: seconds of making them.
-        """
-        return self._believed(self._without_factor(requests, sort, masks), sort, self._nearest(requests))
+    def seconds(self, requests: int, sort: int = 0, checks: float = 0.0) -> np.ndarray:
+        """What a step of so many requests is thought to take, [shapes] float64; checks: seconds of it."""
+        return self._believed(self._without_factor(requests, sort, checks), sort, self._nearest(requests))
 
-    def masks(self, requests: np.ndarray) -> np.ndarray:
-        """What these requests' masks are thought to take, [shapes]: of larger trees than were seen, in proportion."""
-        known = self._allowed[~np.isnan(self._allowed)]
-        share = np.pad(known, (0, len(self._allowed) - len(known)), "edge") if len(known) else 1.0
-        return self._mask[requests].sum() * self._verified * share
+    def checks(self, requests: np.ndarray) -> float:
+        """Seconds that checks of these requests are thought to take."""
+        return float(self._checks[requests].sum())
 
     def guessed(self, requests: int, sort: int = 0) -> np.ndarray:
         """Shapes [shapes] bool of which no such step was ever timed: what is believed of them comes from others."""
         return np.asarray(np.isnan(self._factors[[0, sort], :, self._nearest(requests)]).all(0))
 
-    def _without_factor(self, requests: int, sort: int, masks: np.ndarray | float) -> np.ndarray:
-        """What the factors of a sort are over, [shapes]; masks [shapes], or one number."""
+    def _without_factor(self, requests: int, sort: int, checks: float) -> np.ndarray:
+        """What the factors of a sort are over, [shapes]."""
         expected = np.array([np.interp(requests, SIZES, row) for row in self._expected])
-        if sort == 0:
-            return expected
-        plain = self._believed(expected, 0, self._nearest(requests))
-        return np.maximum(plain, masks) if self._measured else plain + masks
+        return expected if sort == 0 else self._believed(expected, 0, self._nearest(requests)) + checks
 
     def _believed(self, expected: np.ndarray, sort: int, at: int) -> np.ndarray:
         """Seconds of each shape, expected [shapes] by a sort's factors at a size: its own, else those of the nearest

@@ -12,7 +12,7 @@ from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from torch import Tensor
 
-from sglang_dflash.step.sampling import depends_on_history
+from sglang_dflash.step.grammar import depends_on_history
 
 
 class Carry(DFlashDraftInputV2):

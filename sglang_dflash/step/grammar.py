@@ -1,14 +1,15 @@
 """Grammars along the tree: each node's logits are masked by the state that its path leads to.
 
 A walk follows the target's masked samples, so it never comes to a node that a grammar forbids. The masks are made
-on the host, which asks for the tree ahead of the target's pass, while that runs.
+on the host, which asks for the tree ahead of the target's pass, while that runs. Some take far longer: when the pass is
+over, what is left are those that a walk needs. These are few, as a mask changes nothing where the choice is allowed.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 from sglang.srt.managers.utils import _async_d2h
+from sglang.srt.sampling.sampling_params import TOP_K_ALL
 from torch import Tensor
 from xgrammar import BatchGrammarMatcher
 
@@ -32,68 +34,182 @@ def looks_ahead(grammar: Any) -> bool:
     return inner is None or type(inner).rollback is not BaseGrammarObject.rollback
 
 
-class NodeMasks:
-    """The masks of one step's nodes. Begun with a batch's tree, before the target's pass over it is launched.
+def depends_on_history(req: Any) -> bool:
+    """Whether a request's logits depend on the tokens before as no path can tell: custom logit processors, and grammars
+    that cannot look ahead.
 
-    rows: requests that have a grammar, [R]; made [R, w] bool: the nodes whose masks were made; seconds: what that took.
+    Such a request takes its one token at the root, as plain decoding does, while the rest of the batch walks on.
+    """
+    return bool(req.custom_logit_processor or (req.grammar is not None and not looks_ahead(req.grammar)))
+
+
+Draw = Callable[[list[int], list[int]], list[int]]  # tokens, by requests and rows of logits
+
+
+class Grammars:
+    """The grammars of one step. Begun with a batch's tree, before the target's pass over it is launched.
+
+    rows: requests that have a grammar; seconds: what the host took for them behind the pass.
+    open: requests of whose nodes some have no mask; tokens, parents [bs, w]: the tree, on the host. All three once
+    `mask_ahead` was called.
     """
 
-    made: np.ndarray
-    seconds: float
+    open: set[int]
 
     def __init__(self, batch: Any, tree: DraftTree) -> None:
-        self._reqs, self._info = batch.reqs, batch.sampling_info
+        self._reqs, self._info, self.seconds = batch.reqs, batch.sampling_info, 0.0
         self.rows = [row for row, req in enumerate(batch.reqs) if req.grammar is not None]
         self._tree = _async_d2h(torch.stack([tree.tokens, tree.parents]))
         self._copied = torch.cuda.Event() if tree.tokens.is_cuda else None
         if self._copied is not None:
             self._copied.record()
 
-    def apply(self, logits: Tensor, barrier: Callable[[], None] | None) -> None:
-        """Mask logits [bs * w, V] in place. barrier: brings the grammars up to the tokens already accepted."""
+    def mask_ahead(self, logits: Tensor, barrier: Callable[[], None] | None) -> None:
+        """Mask logits [bs * w, V] in place, at as many nodes as the host comes to while the pass that makes them runs.
+
+        barrier: brings the grammars up to the tokens already accepted.
+        """
+        over = _end_of_pass(logits)
         if barrier is not None:
             barrier()
-        grammars = [self._reqs[row].grammar for row in self.rows]
-        masks = grammars[0].allocate_vocab_mask(
-            vocab_size=self._info.vocab_size, batch_size=len(logits), device="cpu"
-        )
         if self._copied is not None:
             self._copied.synchronize()
-        tokens, parents = self._tree.tolist()
+        self.tokens, self.parents = self._tree.tolist()
+        w = len(self.tokens[0])
+        self._masks = self._allocate(len(logits))
+        at_root = [row for row in self.rows if depends_on_history(self._reqs[row])]
+        rows = [row for row in self.rows if row not in at_root]
+        at_root = [row for row in at_root if not self._reqs[row].grammar.is_terminated()]
+        _fill([self._reqs[row].grammar for row in at_root], self._masks, [row * w for row in at_root])
+        grammars = [self._reqs[row].grammar for row in rows]
+        self._made, left = fill_masks(grammars, rows, self.tokens, self.parents, self._masks, over)
+        self.open, self._taken = set(left), dict.fromkeys(left, 0)
+        if at_root or self._made:
+            self._apply(logits, self._masks)
+
+    def settle(self, nodes: dict[int, int], tokens: list[int], logits: Tensor, draw: Draw) -> list[int]:
+        """What walks go on with at nodes, by request's row, where the target chose tokens; the open grammars take it.
+
+        An allowed choice of all tokens is the choice of those that are allowed, unless filters went by what else there
+        is. Where that is not so the node's row of logits [bs * w, V] is masked now, and drawn from again.
+        """
         begun = time.perf_counter()
-        self.made = fill_masks(grammars, self.rows, tokens, parents, masks)
-        self.seconds = time.perf_counter() - begun
-        grammars[0].apply_vocab_mask(logits=logits, vocab_mask=masks.to(logits.device, non_blocking=True))
+        w, said = len(self.tokens[0]), dict(zip(nodes, tokens, strict=True))
+        refused = [row for row in nodes if row in self.open and not self._takes(row, row * w + nodes[row], said[row])]
+        if refused:
+            said.update(self._drawn_masked({row: row * w + nodes[row] for row in refused}, logits, draw))
+        self.seconds += time.perf_counter() - begun
+        return list(said.values())
+
+    def _drawn_masked(self, rows: dict[int, int], logits: Tensor, draw: Draw) -> dict[int, int]:
+        """What is drawn at these rows of logits, by request's row, once they are masked; the grammars take it."""
+        masks, at = self._allocate(len(rows)), list(rows.values())
+        _fill([self._reqs[row].grammar for row in rows], masks, range(len(rows)))
+        some = logits[at]
+        self._apply(some, masks)
+        logits[at] = some
+        tokens = dict(zip(rows, draw(list(rows), at), strict=True))
+        for (row, token), words in zip(tokens.items(), masks.numpy(), strict=True):
+            self._take(row, token, words)
+        return tokens
+
+    def step_back(self) -> None:
+        """Leave every grammar where it was before the walks."""
+        for row, taken in self._taken.items():
+            if taken:
+                self._reqs[row].grammar.rollback(taken)
+
+    def _takes(self, row: int, at: int, token: int) -> bool:
+        """Whether a choice stands as it is; at: its row of logits."""
+        req = self._reqs[row]
+        if req.grammar.is_terminated():
+            self.open.remove(row)
+        elif at in self._made:
+            self._take(row, token, self._masks[at].numpy())
+        elif _tells(req) and req.grammar.matcher.accept_token(token):
+            req.grammar.matcher.rollback(1)
+            self._take(row, token)
+        else:
+            return False
+        return True
+
+    def _take(self, row: int, token: int, words: np.ndarray | None = None) -> None:
+        """A grammar takes an allowed token. Where its mask, words, allows nothing, SGLang will end the request."""
+        if words is not None and not _allows(words, token):
+            self.open.remove(row)
+            return
+        self._reqs[row].grammar.accept_token(token)
+        self._taken[row] += 1
+
+    def _allocate(self, rows: int) -> Tensor:
+        grammar = self._reqs[self.rows[0]].grammar
+        masks: Tensor = grammar.allocate_vocab_mask(vocab_size=self._info.vocab_size, batch_size=rows, device="cpu")
+        return masks
+
+    def _apply(self, logits: Tensor, masks: Tensor) -> None:
+        grammar = self._reqs[self.rows[0]].grammar
+        grammar.apply_vocab_mask(logits=logits, vocab_mask=masks.to(logits.device, non_blocking=True))
+
+
+def _end_of_pass(logits: Tensor) -> Callable[[], bool]:
+    """Tells whether the pass that makes logits is over; on a CPU it is once it returns."""
+    if not logits.is_cuda:
+        return lambda: True
+    end = torch.cuda.Event()
+    end.record()
+    return end.query
+
+
+def _tells(req: Any) -> bool:
+    """Whether a sample of all tokens, if it is allowed, is that of the allowed ones, and its grammar tells that.
+
+    Not where filters go by what is forbidden too, nor where the masked logits themselves are asked for.
+    """
+    params = req.sampling_params
+    every = params.top_k == TOP_K_ALL and params.top_p == 1.0 and params.min_p == 0.0
+    return type(req.grammar) is XGrammarGrammar and (params.top_k == 1 or every) and not req.return_logprob
+
+
+def _allows(words: np.ndarray, token: int) -> bool:
+    return bool(words[token // 32] >> token % 32 & 1)
 
 
 def fill_masks(
-    grammars: list[Any], rows: list[int], tokens: list[list[int]], parents: list[list[int]], masks: Tensor
-) -> np.ndarray:
-    """Fill masks [bs * w, V / 32], a row a node, with what a grammar lets follow each path of a tree.
+    grammars: list[Any],
+    rows: list[int],
+    tokens: list[list[int]],
+    parents: list[list[int]],
+    masks: Tensor,
+    over: Callable[[], bool] = lambda: False,
+) -> tuple[set[int], list[int]]:
+    """Fill masks [bs * w, V / 32], a row a node, with what a grammar lets follow each path of a tree, until it is over.
 
     grammars: of the batch's requests in rows; tokens, parents [bs, w]: their trees. Masks stay as they are where no
-    walk comes: behind a forbidden token, and once the grammar has ended. Returns those made, [rows, w] bool.
+    walk comes: behind a forbidden token, and once the grammar has ended. Returns the rows of masks that were made, and
+    those of rows that have nodes left.
     """
-    width = len(tokens[0])
-    made = np.zeros((len(rows), width), dtype=bool)
+    width, made = len(tokens[0]), set()
     words = masks.numpy().reshape(len(tokens), width, -1)
     visits = {
-        i: _visits(grammar, tokens[row], parents[row], words[row])
-        for i, (grammar, row) in enumerate(zip(grammars, rows, strict=True))
+        row: (grammar, _visits(grammar, tokens[row], parents[row], words[row]))
+        for grammar, row in zip(grammars, rows, strict=True)
     }
-    while visits:
-        at = {i: node for i, visit in visits.items() if (node := next(visit, None)) is not None}
-        _fill([grammars[i] for i in at], masks, [rows[i] * width + node for i, node in at.items()])
-        made[list(at), list(at.values())] = True
-        visits = {i: visits[i] for i in at}
-    return made
+    while visits and not over():
+        at = {row: node for row, (_, visit) in visits.items() if (node := next(visit, None)) is not None}
+        visits = {row: visits[row] for row in at}
+        filled = [row * width + node for row, node in at.items()]
+        _fill([grammar for grammar, _ in visits.values()], masks, filled)
+        made.update(filled)
+    for _, visit in visits.values():
+        visit.close()
+    return made, list(visits)
 
 
-def _fill(grammars: list[Any], masks: Tensor, rows: list[int]) -> None:
+def _fill(grammars: list[Any], masks: Tensor, rows: Sequence[int]) -> None:
     """Fill a row of masks for each grammar; those of xgrammar side by side on several cores."""
     matchers = [grammar.matcher for grammar in grammars if type(grammar) is XGrammarGrammar]
     if len(matchers) == len(grammars) > 1:
-        _cores().batch_fill_next_token_bitmask(matchers, masks, rows)
+        _cores().batch_fill_next_token_bitmask(matchers, masks, list(rows))
         return
     for grammar, row in zip(grammars, rows, strict=True):
         grammar.fill_vocab_mask(masks, row)
@@ -104,22 +220,24 @@ def _cores() -> BatchGrammarMatcher:
     return BatchGrammarMatcher(min(MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2)))
 
 
-def _visits(grammar: Any, tokens: list[int], parents: list[int], words: np.ndarray) -> Iterator[int]:
+def _visits(
+    grammar: Any, tokens: list[int], parents: list[int], words: np.ndarray
+) -> Generator[int, None, None]:
     """Bring a grammar to each node that it allows, and back; words[node] are its mask before the next is asked for."""
     children: list[list[int]] = [[] for _ in tokens]
-    if looks_ahead(grammar):
-        for node in range(1, len(tokens)):
-            children[parents[node]].append(node)
+    for node in range(1, len(tokens)):
+        children[parents[node]].append(node)
 
-    def visit(node: int) -> Iterator[int]:
+    def visit(node: int) -> Generator[int, None, None]:
         if grammar.is_terminated():
             return
         yield node
         for child in children[node]:
-            token = tokens[child]
-            if words[node, token // 32] >> token % 32 & 1:
-                grammar.accept_token(token)
-                yield from visit(child)
-                grammar.rollback(1)
+            if _allows(words[node], tokens[child]):
+                grammar.accept_token(tokens[child])
+                try:
+                    yield from visit(child)
+                finally:  # closed on the way, too
+                    grammar.rollback(1)
 
     return visit(0)

@@ -13,14 +13,14 @@ from sglang_dflash.budget import Budget, Choice, Shape
 from sglang_dflash.metrics import Clock, StepLog, StepMetrics
 from sglang_dflash.options import Options
 from sglang_dflash.step import ranks
-from sglang_dflash.step.grammar import NodeMasks
+from sglang_dflash.step.grammar import Grammars
 from sglang_dflash.step.penalties import penalised
 
 
 @dataclass(frozen=True)
 class Step:
     """One step: what was chosen for it, and when its parts ended. before: the step that it followed without a break, as
-    its choice, its start and the host's seconds for its masks; None behind a prefill.
+    its choice, its start and the host's seconds for its grammars; None behind a prefill.
     """
 
     choice: Choice
@@ -66,14 +66,13 @@ class Planner:
         self._before = choice, step.clock.start, 0.0
         return step
 
-    def masked(self, masks: NodeMasks) -> None:
-        """The masks of the step planned last were made, while the GPU was at its pass."""
-        if self._before is None or not masks.made.any():
+    def checked(self, grammars: Grammars) -> None:
+        """Walks of the step planned last were held to grammars."""
+        if self._before is None:
             return
         choice, start, _ = self._before
-        some = masks.made.any(1)
-        self.budget.cost.masks_took(choice.requests[masks.rows][some], masks.made[some], masks.seconds)
-        self._before = choice, start, masks.seconds
+        self.budget.cost.checks_took(choice.requests[grammars.rows], grammars.seconds)
+        self._before = choice, start, grammars.seconds
 
     def learn(self, step: Step, nodes: Tensor, lens: Tensor, reqs: Sequence[Any]) -> None:
         """A step's results have reached the host: nodes [bs, D + 1] walked, lens [bs] emitted; reqs: who took it, their
@@ -81,9 +80,9 @@ class Planner:
         """
         walked, emitted = nodes.numpy(), lens.numpy()
         if step.before is not None:
-            choice, start, masks = step.before
+            choice, start, checks = step.before
             seconds = step.clock.since(start)
-            self.budget.cost.took(len(choice.requests), choice.shape, seconds, choice.sort, masks)
+            self.budget.cost.took(len(choice.requests), choice.shape, seconds, choice.sort, checks)
         self.budget.learn(step.choice, walked, emitted)
         if self._log is not None:
             self._log.step_done(step.choice, step.clock, emitted)

@@ -30,16 +30,13 @@ def roof(requests: int, shape: Shape) -> float:
 class World:
     """likely: the chance that the smallest shape has the right child; each wider one makes up for a share of misses.
 
-    mask: seconds that the host takes for a node's mask; side_by_side: whether masks are made while the pass goes on, or
-    behind it. allowed: the share of drafted nodes that have one.
+    checks: seconds that the host takes for grammars behind a pass, of each request.
     """
 
     likely: float
     cost: Callable[[int, Shape], float] = roof
     noise: float = 0.03
-    mask: float = 0.0
-    side_by_side: bool = False
-    allowed: float = 1.0
+    checks: float = 0.0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(7))
 
     def chances(self) -> np.ndarray:
@@ -64,15 +61,13 @@ class World:
             nodes[row, lens[row] :] = nodes[row, lens[row] - 1]
         return nodes, lens
 
-    def seconds(self, bs: int, shape: Shape) -> tuple[float, float]:
-        """Of a step, and of its masks."""
-        masks = bs * (1 + self.allowed * shape.nodes) * self.mask
-        passes = self.cost(bs, shape)
-        return (max(passes, masks + 0.001) if self.side_by_side else passes + masks), masks
+    def seconds(self, bs: int, shape: Shape) -> float:
+        """Of a step."""
+        return self.cost(bs, shape) + bs * self.checks
 
     def run(self, budget: Budget, bs: int, steps: int, drafting: bool = True) -> tuple[float, float, np.ndarray]:
         """Tokens, seconds and steps by shape of a batch of so many requests."""
-        sort = int(self.mask > 0)
+        sort = int(self.checks > 0)
         requests, kinds = np.arange(bs), np.full(bs, 2 * sort)
         budget.cost.begin(requests, np.full(bs, sort == 1))
         tokens = seconds = 0.0
@@ -81,13 +76,12 @@ class World:
             choice = budget.choose(requests, kinds, np.full(bs, drafting), sort)
             nodes, lens = self.accept(choice)
             shape = SHAPES[choice.shape]
-            took, masks = (1 + self.noise * self.rng.standard_normal()) * np.array(self.seconds(bs, shape))
+            took = (1 + self.noise * self.rng.standard_normal()) * self.seconds(bs, shape)
+            checks = bs * self.checks if sort else 0.0
             if sort:
-                made = self.rng.random((bs, shape.verified)) < self.allowed
-                made[:, 0] = True
-                budget.cost.masks_took(requests, made, masks)
+                budget.cost.checks_took(requests, checks)
             budget.learn(choice, nodes, lens)
-            budget.cost.took(bs, choice.shape, took, sort, masks)
+            budget.cost.took(bs, choice.shape, took, sort, checks)
             tokens, seconds, taken[choice.shape] = tokens + lens.sum(), seconds + took, taken[choice.shape] + 1
         return tokens, seconds, taken
 
@@ -101,7 +95,7 @@ class World:
 
     def best(self, bs: int, steps: int = 400) -> tuple[int, float]:
         """The best shape for such a batch, by trial, and its tokens a second."""
-        seconds = [self.seconds(bs, shape)[0] if bs <= shape.most else np.inf for shape in SHAPES]
+        seconds = [self.seconds(bs, shape) if bs <= shape.most else np.inf for shape in SHAPES]
         rates = self.tokens(bs, steps) / seconds
         return int(rates.argmax()), float(rates.max())
 

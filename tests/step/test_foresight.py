@@ -20,7 +20,7 @@ from sglang_dflash.draft.lattice import build_lattice
 from sglang_dflash.draft.leads import Leads
 from sglang_dflash.step import foresight
 from sglang_dflash.step.foresight import Foresight
-from sglang_dflash.step.grammar import NodeMasks
+from sglang_dflash.step.grammar import fill_masks
 from sglang_dflash.tree import grow, walk
 
 VOCAB, EOS, PLACES, NODES, DEPTH = 49152, 0, 12, 15, 10
@@ -179,7 +179,9 @@ def run(backend: Any, tokenizer: Any, ids: list[int], told_: Any) -> tuple[list[
         logits = torch.randn(NODES + 1, VOCAB, generator=generator)
         for node, depth in enumerate(tree.depths[0].tolist()):
             logits[node, coming[depth]] = 99.0
-        NodeMasks(batch, tree).apply(logits, None)
+        masks = req.grammar.allocate_vocab_mask(VOCAB, NODES + 1, "cpu")
+        fill_masks([req.grammar], [0], tree.tokens.tolist(), tree.parents.tolist(), masks)
+        req.grammar.apply_vocab_mask(logits=logits, vocab_mask=masks)
         walked = walk(tree, logits.argmax(-1)[None])
         say(walked, said, req.grammar, EOS)
         steps += 1

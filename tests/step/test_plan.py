@@ -73,24 +73,35 @@ def test_what_stands_between_two_steps_is_no_steps_cost(planner: Planner, monkey
     assert told == [(1, 2.0), (1, 3.0)]
 
 
-def test_masks_are_told_apart_from_the_step_that_made_them(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three requests the last two have a grammar, and one of these has ended."""
+def test_a_step_is_priced_by_what_its_batch_asks_of_the_host(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(planner.budget.cost, "took", lambda *args: told.append(args[3]))
+    masked, penalised = {"grammar": "json"}, {"presence_penalty": 1.0}
+    for asked in ({}, masked, penalised, {**masked, **penalised}):
+        planner.prefill(batch(request(2)))
+        for _ in range(2):
+            step = planner.plan(batch(request(1), request(2, **asked)))
+            step.clock.done()
+            come_to(planner, step, [1, 1])
+    assert told == [0, 1, 2, 3]
+
+
+def test_checks_of_grammars_are_told_apart_from_the_step_that_made_them(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three requests the last two have a grammar."""
     told: list[Any] = []
     monkeypatch.setattr(planner.budget.cost, "took", lambda *args: told.append(args[3:]))
-    monkeypatch.setattr(planner.budget.cost, "masks_took", lambda *args: told.append(args))
-    some = batch(request(1), request(2, grammar="json"), request(3, grammar="json", presence_penalty=1.0))
-    made = np.array([[False] * 3, [True, False, True]])
+    monkeypatch.setattr(planner.budget.cost, "checks_took", lambda *args: told.append(args))
+    some = batch(request(1), request(2, grammar="json"), request(3, grammar="json"))
     steps = []
     for _ in range(2):
         steps.append(planner.plan(some))
-        planner.masked(SimpleNamespace(rows=[1, 2], made=made, seconds=0.25))  # type: ignore[arg-type]
+        planner.checked(SimpleNamespace(rows=[1, 2], seconds=0.25))  # type: ignore[arg-type]
         steps[-1].clock.done()
-    (numbers, of_nodes, seconds), _ = told
-    assert (numbers.tolist(), of_nodes.tolist(), seconds) == ([3], [[True, False, True]], 0.25)
-    come_to(planner, steps[0], [1, 1, 1])
-    planner.masked(SimpleNamespace(rows=[1, 2], made=made & False, seconds=0.25))  # type: ignore[arg-type]
-    come_to(planner, steps[1], [1, 1, 1])
-    assert told[2:] == [(3, 0.25)]  # a grammar, and penalties
+        come_to(planner, steps[-1], [1, 1, 1])
+    (numbers, seconds), _, of_step = told
+    assert (numbers.tolist(), seconds, of_step) == ([2, 3], 0.25, (1, 0.25))
 
 
 def test_a_new_request_inherits_nothing_of_its_numbers_last_owner(planner: Planner) -> None:
