@@ -80,7 +80,7 @@ def masks_row(template: Any, text: list[int], requests: int, nodes: int) -> dict
         tokens, parents = ([tree[i] for tree in trees] for i in (0, 1))
         masks = batch[0].allocate_vocab_mask(VOCAB, requests * nodes, "cpu")
         begun = time.perf_counter()
-        made += int(fill_masks(batch, list(range(requests)), tokens, parents, masks).sum())
+        made += len(fill_masks(batch, list(range(requests)), tokens, parents, masks)[0])
         between = time.perf_counter()
         for row, grammar in enumerate(batch):
             fill_masks([grammar], [0], [tokens[row]], [parents[row]], masks[row * nodes : (row + 1) * nodes])
