@@ -115,5 +115,3 @@ class Cost:
 
     def _nearest(self, requests: int) -> int:
         return int(np.abs(np.log2(SIZES) - np.log2(requests)).argmin())
-
-
