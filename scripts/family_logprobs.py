@@ -154,10 +154,10 @@ def rows(url: str, with_images: bool) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("cases", nargs="*", help=f"of: {'; '.join(CASES | SHARED)}")
+    cases = CASES | SHARED
+    parser.add_argument("cases", nargs="*", help=f"of: {'; '.join(cases)}")
     asks = parser.parse_args()
     names = asks.cases or list(CASES)
-    cases = CASES | SHARED
     if unknown := set(names) - set(cases):
         parser.error(f"there is no case {sorted(unknown)}: give some of {list(cases)}")
     on_gpu = torch.cuda.is_available()
