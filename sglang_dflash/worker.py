@@ -41,7 +41,7 @@ from sglang_dflash.step.commit import commit
 from sglang_dflash.step.draft_pass import DraftRunner, pools_of
 from sglang_dflash.step.foresight import Foresight
 from sglang_dflash.step.grammar import Grammars
-from sglang_dflash.step.penalties import Penalised, Penalties
+from sglang_dflash.step.penalties import Penalties, penalised
 from sglang_dflash.step.plan import Planner
 from sglang_dflash.step.results import StepResult
 from sglang_dflash.step.sampling import adjust_logits, sample_nodes
@@ -77,7 +77,6 @@ class DFlashWorker(BaseSpecWorker):
         # What SGLang's gauges tell.
         self.speculative_num_steps, self.speculative_num_draft_tokens = largest.depth, largest.verified
         self.keeps_states = mambaish_config(self.target.model_config) is not None
-        self.penalties = Penalties()
         self.foresight = Foresight(self.options.leads)
         metrics = get_observability().enable_metrics and ranks.is_first()
         self.metrics = step_metrics(self.options, server_args, metrics)
@@ -96,11 +95,12 @@ class DFlashWorker(BaseSpecWorker):
     def init_attention_backends(self) -> None:
         with draft_pp_context(), draft_tp_context(self.draft.layout):
             super().init_attention_backends()
-        self.draft.bind_pools()
+        requests, on_gpu = len(self.target.req_to_token_pool.req_to_token), self.target.device == "cuda"
+        self.penalties = Penalties(requests, self.target.model_config.vocab_size, self.target.device)
+        self.draft.bind_pools(self.penalties)
         self._target_pools = pools_of(self.target.token_to_kv_pool)
         if states := getattr(self.target.attn_backend, "linear_attn_backend", None):
             states.chains = self.options.chain
-        requests, on_gpu = len(self.target.req_to_token_pool.req_to_token), self.target.device == "cuda"
         self.planner = Planner(self.options, requests, on_gpu, self.metrics)
 
     def init_cuda_graphs(self) -> None:
@@ -157,9 +157,9 @@ class DFlashWorker(BaseSpecWorker):
     ) -> GenerationBatchResult:
         if batch.has_grammar and grammar_barrier is not None:
             grammar_barrier()  # a mixed batch samples running requests too
-        penalised = self.penalties.of(batch, batch.seq_lens, batch.decoding_reqs or ())
-        if penalised is not None:
-            batch.sampling_info = dataclasses.replace(batch.sampling_info, penalizer_orchestrator=penalised)
+        found = self.penalties.prefill(batch)
+        if found is not None:
+            batch.sampling_info = dataclasses.replace(batch.sampling_info, penalizer_orchestrator=found)
         result = self._target_worker.forward_batch_generation(
             batch, capture_hidden_mode=CaptureHiddenMode.FULL, return_kv_loc_plan=True
         )
@@ -172,7 +172,9 @@ class DFlashWorker(BaseSpecWorker):
             features, _extend_positions(batch), plan.write_ids(self.draft.runner.kv_index_translator)
         )
         first = result.next_token_ids
-        self.penalties.follow(penalised, batch.seq_lens, first[:, None], torch.ones_like(first))
+        if found is not None:
+            one = torch.ones_like(first, dtype=torch.int32)
+            self.penalties.emitted(batch.req_pool_indices, first[:, None].to(torch.int64), one)
         result.next_draft_input = Carry.of(first, batch.seq_lens)
         return result
 
@@ -181,9 +183,8 @@ class DFlashWorker(BaseSpecWorker):
     ) -> GenerationBatchResult:
         step = self.planner.plan(batch)
         window = Window.open(batch, self.target, step.shape, self.options.draft.mask_token_id)
-        lengths = window.prefix_lens + 1
-        penalised = self.penalties.of(batch, lengths, batch.reqs)
-        tree = self.draft.draft(batch, window, step.shape, penalised, partial(self._leads, batch, grammar_barrier))
+        any_penalised = any(map(penalised, batch.reqs))
+        tree = self.draft.draft(batch, window, step.shape, any_penalised, partial(self._leads, batch, grammar_barrier))
         step.clock.drafted()
         grammars = Grammars(batch, tree) if batch.has_grammar else None
         verified, positions = self._verify(batch, window, tree)
@@ -192,10 +193,11 @@ class DFlashWorker(BaseSpecWorker):
         features, output.hidden_states = output.hidden_states, None
         if grammars is not None:
             grammars.mask_ahead(output.next_token_logits, grammar_barrier)
-        walked = self._sample_and_walk(batch, window, output, positions, tree, penalised, grammars)
+        walked = self._sample_and_walk(batch, window, output, positions, tree, any_penalised, grammars)
         if grammars is not None:
             self.planner.checked(grammars)
-        self.penalties.follow(penalised, lengths, walked.tokens, walked.lens)
+        if any_penalised:
+            self.penalties.emitted(batch.req_pool_indices, walked.tokens, walked.lens)
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
         commit(window, tree, walked, features, self._target_pools, self.draft)
@@ -258,12 +260,13 @@ class DFlashWorker(BaseSpecWorker):
         output: Any,
         positions: Tensor,
         tree: DraftTree,
-        penalised: Penalised | None,
+        any_penalised: bool,
         grammars: Grammars | None,
     ) -> Walk:
         bs, width = tree.tokens.shape
         logits = output.next_token_logits
-        adjust_logits(logits.view(bs, width, -1), batch.sampling_info, tree, penalised)
+        found = self.penalties.at(batch.req_pool_indices, positions) if any_penalised else None
+        adjust_logits(logits.view(bs, width, -1), batch.sampling_info, tree, found)
         sampled = sample_nodes(logits, batch.sampling_info, positions, tree, grammars)
         walked = walk(tree, sampled, window.deepest)
         if batch.return_logprob:

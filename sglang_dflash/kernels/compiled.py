@@ -21,6 +21,7 @@ from torch import Tensor
 from sglang_dflash.kernels.flash import tree_attention
 from sglang_dflash.kernels.lattice import Noise
 from sglang_dflash.kernels.lattice import lattice_logp as plain_lattice_logp
+from sglang_dflash.kernels.penalties import Emitted
 from sglang_dflash.kernels.rows import Pools
 
 __all__ = ["tree_attention"]  # and every other op of `plain`, below
@@ -35,6 +36,7 @@ NO_NVCC = (
 BLOCKS = 264  # of a launch that fills a large GPU twice over
 WARPS = 4096  # that keep a large GPU busy where each waits for memory
 SAMPLED_PART = 8192  # of `sample`, as csrc/sample.cu says
+PENALISED_PART = 4096  # tokens of a request's counts that a block looks at, or more
 PART = 4096, 32_768  # logits of a row that a block looks at: shorter ones do not pay, longer ones fill shared memory
 
 
@@ -204,6 +206,25 @@ def sample(
     out = positions.new_empty(rows)
     library().sample(logits, positions, seeds, temperatures, top_ks, top_ps, min_ps, scratch, out)
     return out
+
+
+def penalise(
+    logits: Tensor,
+    requests: Tensor,
+    positions: Tensor,
+    emitted: Emitted,
+    tokens: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    bs, vocab = len(logits), emitted.counts.shape[1]
+    parts = max(1, min(BLOCKS // bs, vocab // PENALISED_PART))
+    of = emitted.address, emitted.places, emitted.settings, emitted.fewest
+    library().penalise(logits, requests, positions, *of, vocab, tokens, mask, parts)
+
+
+def count_emitted(emitted: Emitted, requests: Tensor, tokens: Tensor, lens: Tensor) -> None:
+    vocab = emitted.counts.shape[1]
+    library().count_emitted(emitted.address, emitted.places, vocab, requests, tokens, lens)
 
 
 def window_attention(

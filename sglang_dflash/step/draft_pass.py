@@ -27,7 +27,7 @@ from sglang_dflash.draft.selector import build_selector
 from sglang_dflash.kernels import Noise, Pools
 from sglang_dflash.options import Options
 from sglang_dflash.step import ranks
-from sglang_dflash.step.penalties import Penalised
+from sglang_dflash.step.penalties import Penalised, Penalties
 from sglang_dflash.step.window import Window, window_input
 from sglang_dflash.tree import DraftTree, grow, grow_chain
 
@@ -77,8 +77,12 @@ class DraftRunner:
         embedding, head = (ranks.whole(table.weight, 0) for table in (self._embedding, self._lm_head))
         self.selector = build_selector(self.network, embedding=embedding, head=head)
 
-    def bind_pools(self) -> None:
-        """Called once, when SGLang has made the draft's KV pool and attention backend; no graph is captured yet."""
+    def bind_pools(self, penalties: Penalties) -> None:
+        """Called once, when SGLang has made the draft's KV pool and attention backend; no graph is captured yet.
+
+        penalties: of the target's requests.
+        """
+        self._penalties = penalties
         self._pools = rows_of(self.runner.token_to_kv_pool)
         self._noise = KnownNoise(len(self.runner.req_to_token_pool.req_to_token), self._mask.device)
         backend = self.runner.attn_backend
@@ -97,13 +101,13 @@ class DraftRunner:
         batch: Any,
         window: Window,
         shape: Shape,
-        penalised: Penalised | None,
+        any_penalised: bool,
         foresee: Callable[[], Leads | None],
     ) -> DraftTree:
         """One draft pass: the tree, or chain, of what may follow the batch's bonus tokens.
 
-        foresee: what else is known of the tokens to come, asked for when the pass is launched. Where something is, or
-        requests are penalised, the lattice is made anew: no graph knows of it.
+        foresee: what else is known of the tokens to come, asked for when the pass is launched. Where something is, the
+        lattice is made anew: no graph knows of it.
         """
         tokens = window.block_tokens
         if shape.nodes == 0:
@@ -111,11 +115,14 @@ class DraftRunner:
         self._noise.tell(batch.sampling_info, window.prefix_lens)
         result = self.runner.forward(self._forward_batch(batch, window))
         leads = foresee()
-        if result.can_run_graph and penalised is None and leads is None:
+        if result.can_run_graph and leads is None:
             graphs = self.runner.decode_cuda_graph_runner
             tree = self._captured[shape.block, graphs.bs].first(len(tokens))
         else:
-            tree = self._tree(result.logits_output.hidden_states, tokens.flatten(), shape.block, penalised, leads)
+            hidden, found = result.logits_output.hidden_states, None
+            if any_penalised:
+                found = self._penalties.at(batch.req_pool_indices, window.block_positions)
+            tree = self._tree(hidden, tokens.flatten(), shape.block, found, leads)
         return ranks.first_ranks_tree(tree.smaller(shape.nodes))
 
     def _capture_tree(self, _: Any, output: Any, forward_batch: Any, num_tokens: int) -> None:
@@ -123,10 +130,12 @@ class DraftRunner:
 
         The tree is read after the verify pass, and all graphs share their memory: what a verify graph needs for a
         while may lie where a draft graph left its outputs. So the first pass's tree, which no graph owns, takes it.
+        Any batch may have penalised requests once it is replayed.
         """
         bs = forward_batch.batch_size
         block = num_tokens // bs
-        tree = self._tree(output.hidden_states, forward_batch.input_ids, block)
+        penalised = self._penalties.at(forward_batch.req_pool_indices, forward_batch.positions)
+        tree = self._tree(output.hidden_states, forward_batch.input_ids, block, penalised)
         self._captured.setdefault((block, bs), tree).take(tree)
 
     def _tree(

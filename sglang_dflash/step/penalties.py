@@ -1,18 +1,14 @@
 """Penalties and least lengths: how often a request has emitted a token, counted from its own output at every node.
 
-The host's `output_ids` are the truth: a request that was retracted or prefilled again has them, and batches may be
-merged and filtered as they like. A list that has only grown since the last step is counted from there on. Under overlap
-they lack what the pass before has emitted, and nothing else; that is kept here on the device for one pass, with its
-place in the sequence, so that what the host has learned meanwhile is not counted twice.
-
-A penalty changes only logits of tokens that were emitted, so only those are read and written, each once: the work grows
-with the distinct tokens of the output, not with the vocabulary. Requests without penalties cost nothing.
+The counts are on the device, by SGLang's numbers of requests. A prefill begins them anew from `output_ids`, which are
+the truth for whatever is prefilled: a new request, a chunk of one, one that was retracted. From then on each pass
+counts what it has emitted as soon as it has: so a step needs nothing of the host, which under overlap learns of it
+later, and batches may be merged and filtered as they like.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +17,13 @@ import torch
 from sglang.srt.sampling.penaltylib import BatchedPenalizerOrchestrator
 from torch import Tensor
 
+from sglang_dflash import kernels
+from sglang_dflash.kernels import Emitted
+from sglang_dflash.kernels.penalties import END
 from sglang_dflash.step.results import stop_ids
 from sglang_dflash.tree import DraftTree
+
+FEWEST_ROWS = 4  # of counts that are made room for, a vocabulary's int32 each
 
 
 def penalised(req: Any) -> bool:
@@ -47,24 +48,14 @@ def leave_uncounted(original: Callable[..., None], info: Any, batch: Any, vocab_
 
 @dataclass(frozen=True)
 class Penalised:
-    """What the penalised requests of one batch, P of them, have emitted: with every sample so far, the roots included.
+    """Requests of which some may have penalties, and where they stand.
 
-    numbers: rows in the batch by SGLang's numbers of requests, on the host; rows [P]: the same rows. owners, tokens
-    [N]: what was emitted, each token once but for the last pass's, by whom (an index into rows). counts [P, V].
-    settings [3, P] float32: frequency, presence and repetition penalty. lacking [P]: tokens until an end is allowed.
-    stop_owners, stops [M]: tokens that end a request, of those that lack any.
-    Tensors are on the logits' device, and int64 where nothing is said; counts int32.
+    requests [bs] int64: SGLang's numbers; positions [bs, n] int64: of the tokens that rows of logits stand at.
     """
 
-    numbers: dict[int, int]
-    rows: Tensor
-    owners: Tensor
-    tokens: Tensor
-    counts: Tensor
-    settings: Tensor
-    lacking: Tensor
-    stop_owners: Tensor
-    stops: Tensor
+    emitted: Emitted
+    requests: Tensor
+    positions: Tensor
 
     is_required = True  # as SGLang's sampler asks what it is to apply
 
@@ -74,158 +65,95 @@ class Penalised:
 
     def at_depths(self, logits: Tensor) -> None:
         """Penalise logits [bs, d, V] in place by what has been emitted; of what comes between, only how much counts."""
-        self._by_output(logits)
-        self._hold_back(logits, torch.arange(logits.shape[1], device=logits.device).expand(len(self.rows), -1))
+        kernels.penalise(logits, self.requests, self.positions, self.emitted)
 
     def along(self, logits: Tensor, tree: DraftTree) -> None:
         """Penalise logits [bs, w, V] in place, each node's by its path too, itself included: they follow it."""
-        own, path = tree.tokens[self.rows], tree.mask[self.rows].float()
-        path[:, :, 0] = 0.0  # the root is counted
-        more = path @ (own[:, :, None] == own[:, None]).float()  # [P, w, w]: of a node's path, a node's token
-        counts = self.counts.gather(1, own)[:, None] + more.long()
-        place = self.rows[:, None, None], torch.arange(own.shape[1], device=own.device)[:, None], own[:, None]
-        raw = logits[place]
-        self._by_output(logits)
-        logits[place] = _penalise(raw, counts, self.settings[:, :, None, None])
-        self._hold_back(logits, tree.depths[self.rows])
-
-    def _by_output(self, logits: Tensor) -> None:
-        """A token emitted twice is written twice, the same."""
-        place = self.rows[self.owners], slice(None), self.tokens
-        counts = self.counts[self.owners, self.tokens]
-        logits[place] = _penalise(logits[place], counts[:, None], self.settings[:, self.owners, None])
-
-    def _hold_back(self, logits: Tensor, depths: Tensor) -> None:
-        """No end before the least length; depths [P, w]: how many tokens come before those of logits [bs, w, V]."""
-        early = (depths < self.lacking[:, None])[self.stop_owners]
-        place = self.rows[self.stop_owners], slice(None), self.stops
-        logits[place] = logits[place].masked_fill(early, float("-inf"))
-
-
-def _penalise(raw: Tensor, counts: Tensor, settings: Tensor) -> Tensor:
-    """SGLang's penalties of logits, given how often each token was emitted and settings [3, ...]."""
-    frequency, presence, repetition = settings
-    emitted = counts > 0
-    x = raw.float() - (frequency * counts + presence * emitted)
-    scale = torch.where(emitted, repetition, 1.0)
-    return torch.where(x < 0, x * scale, x / scale).to(raw.dtype)
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """What a pass emitted: tokens [bs, n], lens [bs] of them, behind lengths [bs]; rows: of SGLang's numbers."""
-
-    rows: dict[int, int]
-    lengths: Tensor
-    tokens: Tensor
-    lens: Tensor
-
-
-class _Tally:
-    """How often each token stands in an output, which is held: another list may come in its place, and is not it.
-
-    tokens, counts: distinct tokens, as they came first.
-    """
-
-    def __init__(self, output: Any) -> None:
-        self._output, self._read = output, 0
-        self._places: dict[int, int] = {}
-        self.tokens, self.counts = array("q"), array("q")
-
-    def of(self, output: Any) -> _Tally:
-        """The tally of a request's output: this one, brought up to date, or a new one where that is not its growth."""
-        tally = self if output is self._output and len(output) >= self._read else _Tally(output)
-        for token in output[tally._read :]:
-            place = tally._places.setdefault(token, len(tally.tokens))
-            if place == len(tally.tokens):
-                tally.tokens.append(token)
-                tally.counts.append(0)
-            tally.counts[place] += 1
-        tally._read = len(output)
-        return tally
+        kernels.penalise(logits, self.requests, self.positions, self.emitted, tree.tokens, tree.mask)
 
 
 class Penalties:
-    """What one server's requests have emitted, as far as penalties ask."""
+    """What one server's requests have emitted, as far as penalties ask.
 
-    def __init__(self) -> None:
-        self._last: _Pass | None = None
-        self._tallies: dict[int, _Tally] = {}  # by SGLang's numbers of requests, of each number's last
+    requests: how many numbers SGLang has for them; vocab: the target's.
+    """
 
-    def of(self, batch: Any, lengths: Tensor, running: Collection[Any]) -> Penalised | None:
-        """The batch's penalised requests, None where there are none.
+    def __init__(self, requests: int, vocab: int, device: torch.device | str) -> None:
+        self._emitted = Emitted.none(requests, vocab, device)
+        self._rows: dict[int, tuple[int, Any]] = {}  # by number: the row of counts, and the request that it is of
+        self._free: list[int] = []
 
-        lengths [bs]: tokens of each request, its last sample included. running: those of the batch whose last tokens
-        the host may lack; the others are prefilled with all that they have.
+    def at(self, requests: Tensor, positions: Tensor) -> Penalised:
+        """Of requests [bs] int64, at positions [bs * n] int64."""
+        return Penalised(self._emitted, requests, positions.view(len(requests), -1))
+
+    def prefill(self, batch: Any) -> Penalised | None:
+        """Begin anew for all that a batch prefills, and give what its samples are penalised by, None where nothing is.
+
+        Rows that decode beside them in a mixed batch go on.
         """
-        which = [row for row, req in enumerate(batch.reqs) if penalised(req)]
-        if not which:
-            return None
-        reqs = [batch.reqs[row] for row in which]
-        device, vocab = lengths.device, batch.sampling_info.vocab_size
-        owners, tokens, weights = self._output(reqs, {id(req) for req in running}, device)
-        counts = torch.zeros(len(reqs) * vocab, dtype=torch.int32, device=device)
-        counts.scatter_add_(0, owners * vocab + tokens, weights)
+        decoding = {id(req) for req in batch.decoding_reqs or ()}
+        self._begin([req for req in batch.reqs if id(req) not in decoding])
+        return self.at(batch.req_pool_indices, batch.seq_lens - 1) if any(map(penalised, batch.reqs)) else None
+
+    def emitted(self, requests: Tensor, tokens: Tensor, lens: Tensor) -> None:
+        """A pass with penalised requests has emitted the first lens [bs] int32 of tokens [bs, n] int64."""
+        kernels.count_emitted(self._emitted, requests, tokens, lens)
+
+    def _begin(self, reqs: list[Any]) -> None:
+        places = dict.fromkeys(self._let_go({req.kv.req_pool_idx for req in reqs}), -1)
+        asked = [req for req in reqs if penalised(req)]
+        self._make_room(len(asked))
+        for req in asked:
+            row = places[req.kv.req_pool_idx] = self._free.pop()
+            self._rows[req.kv.req_pool_idx] = row, req
+        if places:
+            numbers, rows = _numbers(self._emitted.places.device, [*places], [*places.values()])
+            self._emitted.places[numbers] = rows
+        if asked:
+            self._write(asked)
+
+    def _let_go(self, numbers: set[int]) -> list[int]:
+        """Numbers whose rows are free from now on: they are given anew, or their requests have given them back.
+
+        A finished request may be in one more pass, which was launched before the host knew, and so before what comes.
+        """
+        gone = [n for n, (_, req) in self._rows.items() if n in numbers or req.kv.req_pool_idx != n]
+        self._free.extend(self._rows.pop(number)[0] for number in gone)
+        return gone
+
+    def _make_room(self, rows: int) -> None:
+        """For so many more rows: twice as many as there are, if that is needed, and never more than requests."""
+        if (missing := rows - len(self._free)) <= 0:
+            return
+        held = len(self._emitted.counts)
+        room = min(held + max(missing, held, FEWEST_ROWS), len(self._emitted.places))
+        self._emitted.grow(room)
+        self._free.extend(range(held, room))
+
+    def _write(self, reqs: list[Any]) -> None:
+        """What these requests, which have new rows, have emitted and ask for."""
+        to = self._emitted
+        device, vocab = to.places.device, to.counts.shape[1]
+        numbers = [req.kv.req_pool_idx for req in reqs]
+        begins = [vocab * self._rows[number][0] for number in numbers]
+        texts = [np.array(req.output_ids, dtype=np.int64) for req in reqs]
+        ends = [np.array(_ends(req, vocab), dtype=np.int64) for req in reqs]
+        owners, fewest, said, held_back = _numbers(
+            device,
+            numbers,
+            [len(req.origin_input_ids) + req.sampling_params.min_new_tokens for req in reqs],
+            np.concatenate([begin + text for begin, text in zip(begins, texts, strict=True)]),
+            np.concatenate([begin + text for begin, text in zip(begins, ends, strict=True)]),
+        )
         params = [req.sampling_params for req in reqs]
         settings = [[p.frequency_penalty, p.presence_penalty, p.repetition_penalty] for p in params]
-        ends = [_ends(req, vocab) for req in reqs]
-        rows, fewest, stop_owners, stops = _numbers(
-            device,
-            which,
-            [len(req.origin_input_ids) + req.sampling_params.min_new_tokens for req in reqs],
-            np.repeat(np.arange(len(reqs)), [len(ids) for ids in ends]),
-            [token for ids in ends for token in ids],
-        )
-        return Penalised(
-            numbers={req.kv.req_pool_idx: row for req, row in zip(reqs, which, strict=True)},
-            rows=rows,
-            owners=owners,
-            tokens=tokens,
-            counts=counts.view(-1, vocab),
-            settings=_on(device, torch.tensor(settings).T.contiguous()),
-            lacking=fewest - lengths[rows],
-            stop_owners=stop_owners,
-            stops=stops,
-        )
-
-    def follow(self, found: Penalised | None, lengths: Tensor, tokens: Tensor, lens: Tensor) -> None:
-        """A pass has emitted the first lens [bs] of tokens [bs, n] behind lengths [bs]: the host learns of it later.
-
-        found: what `of` gave for its batch.
-        """
-        # A batch's own lengths are another stream's memory, kept for this pass alone.
-        self._last = _Pass(found.numbers, lengths.clone(), tokens, lens) if found is not None else None
-
-    def _output(self, reqs: list[Any], running: set[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Owners and tokens [N] int64, and how often each was emitted, int32.
-
-        The last pass's tokens come behind, 0 times where they were not emitted, or are counted before.
-        """
-        tallies = [self._tallies.get(req.kv.req_pool_idx, _Tally(None)).of(req.output_ids) for req in reqs]
-        self._tallies.update(zip((req.kv.req_pool_idx for req in reqs), tallies, strict=True))
-        last = self._last.rows if self._last else {}
-        late = [last.get(req.kv.req_pool_idx) if id(req) in running else None for req in reqs]
-        owners, tokens, counts, late_owners, late_rows, known = _numbers(
-            device,
-            np.repeat(np.arange(len(reqs)), [len(tally.tokens) for tally in tallies]),
-            np.concatenate([np.array(tally.tokens) for tally in tallies]),
-            np.concatenate([np.array(tally.counts) for tally in tallies]),
-            [owner for owner, row in enumerate(late) if row is not None],
-            [row for row in late if row is not None],
-            [len(r.origin_input_ids) + len(r.output_ids) for r, row in zip(reqs, late, strict=True) if row is not None],
-        )
-        weights = counts.to(torch.int32)
-        if self._last is None or not len(late_rows):
-            return owners, tokens, weights
-        more = self._last.tokens[late_rows].to(torch.int64)
-        at = torch.arange(more.shape[1], device=device)
-        unknown = self._last.lengths[late_rows, None] + at >= known[:, None]
-        unknown &= at < self._last.lens[late_rows, None]
-        return (
-            torch.cat([owners, late_owners[:, None].expand_as(more).flatten()]),
-            torch.cat([tokens, more.flatten()]),
-            torch.cat([weights, unknown.flatten().to(torch.int32)]),
-        )
+        to.settings[owners] = _on(device, torch.tensor(settings))
+        to.fewest[owners] = fewest
+        to.counts.index_fill_(0, to.places[owners], 0)
+        flat = to.counts.view(-1)
+        flat.index_fill_(0, held_back, END)
+        flat.index_add_(0, said, torch.ones_like(said, dtype=torch.int32))
 
 
 def _ends(req: Any, vocab: int) -> list[int]:

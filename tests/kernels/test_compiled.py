@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_dflash.kernels import Noise, Pools, compiled, plain
+from sglang_dflash.kernels import Emitted, Noise, Pools, compiled, plain
 from sglang_dflash.kernels import lattice as lattice_ops
+from sglang_dflash.kernels.penalties import END
 from sglang_dflash.kernels.sampling import gumbel
 
 # One rounding of each type, relative.
@@ -139,6 +140,103 @@ def test_sample(dtype: torch.dtype, bs: int, w: int, vocab: int) -> None:
     agree("sample", logits, positions, seeds, none * 0.7, no_k, none, none * 0, False)
     top_ks = torch.tensor([40, 1, 3], dtype=torch.int32)[:bs]
     agree("sample", logits, positions, seeds, torch.rand(bs) + 0.5, top_ks, none * 0.9, none * 0.02, True)
+
+
+def emitted_of(requests: int, vocab: int) -> Emitted:
+    """Every third request has no penalties; of the others each has emitted few tokens or many, some of which end it."""
+    emitted = Emitted.none(requests, vocab, torch.get_default_device())
+    emitted.grow(requests + 2)
+    emitted.places.copy_(torch.where(torch.arange(requests) % 3 == 2, -1, torch.randperm(requests + 2)[:requests]))
+    often = torch.rand(requests + 2, 1)
+    emitted.counts.copy_(torch.randint(1, 9, emitted.counts.shape) * (torch.rand(emitted.counts.shape) < often**3))
+    emitted.counts[:, 5] = 2
+    emitted.counts += END * (torch.rand(emitted.counts.shape) < 0.05)
+    emitted.settings.copy_(torch.rand(requests, 3) * 2 - torch.tensor([1.0, 1.0, -0.3]))
+    emitted.fewest.copy_(torch.randint(30, (requests,)))
+    return emitted
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(
+    ("bs", "w", "vocab", "padding", "columns"),
+    [
+        (1, 1, 16, 0, 1),
+        (5, 7, 777, 7, 9),
+        (3, 16, 9001, 3, 16),
+        (300, 1, 33, 0, 1),
+        (40, 5, 101, 1, 5),
+        (1, 256, 40, 0, 256),
+    ],
+)
+@pytest.mark.parametrize("drafted", [False, True])
+def test_penalise(
+    dtype: torch.dtype, bs: int, w: int, vocab: int, padding: int, columns: int, drafted: bool
+) -> None:
+    emitted = emitted_of(bs + 4, vocab)
+    requests = torch.arange(bs).flip(0)
+    positions = torch.randint(30, (bs, columns))
+    tree: tuple[Any, ...] = (None, None)
+    if drafted:  # as many words as a tree has, so that paths repeat them
+        words = torch.randint(vocab, (bs, w))
+        mask = (torch.rand(bs, w, w) < 0.4).tril() | torch.eye(w, dtype=torch.bool)
+        tree = words[:, torch.randint(w, (w,))].contiguous(), mask
+    raw = (torch.randn(bs, w, vocab + padding) * 4).to(dtype)
+    raw[:, :, 3] = -torch.inf
+    for cut in (raw, raw[:, :, :vocab]):  # with tokens that are none, and as a view without
+        got, want = (cut.clone(memory_format=torch.preserve_format) for _ in range(2))
+        compiled.penalise(got, requests, positions, emitted, *tree)
+        plain.penalise(want, requests, positions, emitted, *tree)
+        assert torch.equal(got, want)
+        free = emitted.places[requests] < 0
+        assert torch.equal(got[free], cut[free]) and not torch.equal(got[~free], cut[~free])
+    rows = raw[:, 0]
+    got, want = rows.clone(), rows.clone()  # behind a prefill, cut from wider rows
+    compiled.penalise(got[:, None, :vocab], requests, positions, emitted)
+    plain.penalise(want[:, None, :vocab], requests, positions, emitted)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("bs", "n"), [(1, 1), (3, 4), (70, 16)])
+def test_count_emitted(bs: int, n: int) -> None:
+    got, want = (emitted_of(bs + 4, 7) for _ in range(2))
+    want.places.copy_(got.places)
+    want.counts.copy_(got.counts)
+    before = got.counts.clone()
+    requests, tokens = torch.arange(bs).flip(0), torch.randint(7, (bs, n))
+    lens = torch.randint(n + 1, (bs,), dtype=torch.int32)
+    lens[-1] = n
+    compiled.count_emitted(got, requests, tokens, lens)
+    plain.count_emitted(want, requests, tokens, lens)
+    assert torch.equal(got.counts, want.counts)
+    assert (got.counts - before).sum() == lens[got.places[requests] >= 0].sum() > 0
+
+
+@pytest.mark.parametrize("ops", [plain, compiled])
+def test_without_penalties_there_are_no_counts_to_read(ops: Any) -> None:
+    emitted, requests = Emitted.none(4, 9, torch.get_default_device()), torch.tensor([3, 0])
+    logits = torch.randn(2, 5, 9)
+    as_was = logits.clone()
+    ops.penalise(logits, requests, torch.zeros(2, 5, dtype=torch.int64), emitted)
+    ops.count_emitted(emitted, requests, torch.ones(2, 3, dtype=torch.int64), torch.tensor([3, 3], dtype=torch.int32))
+    assert torch.equal(logits, as_was)
+
+
+@pytest.mark.parametrize("ops", [plain, compiled])
+def test_counts_that_grew_are_found_where_they_are(ops: Any) -> None:
+    emitted = emitted_of(4, 9)
+    known, places = emitted.counts.clone(), emitted.places.clone()
+    emitted.grow(11)
+    assert torch.equal(emitted.counts[: len(known)], known) and not emitted.counts[len(known) :].any()
+    assert emitted.address.item() == emitted.counts.data_ptr()
+    emitted.places.copy_(torch.where(places < 0, -1, places + 5))
+    emitted.counts[5:] = emitted.counts[:6].clone()
+    emitted.counts[:5] = 77
+    moved = torch.randn(4, 2, 9)
+    old = Emitted(known, torch.tensor([known.data_ptr()]), places, emitted.settings, emitted.fewest)
+    stayed, at = moved.clone(), torch.zeros(4, 2, dtype=torch.int64)
+    ops.penalise(moved, torch.arange(4), at, emitted)
+    ops.penalise(stayed, torch.arange(4), at, old)
+    assert torch.equal(moved, stayed)
 
 
 @pytest.mark.parametrize("limited", [False, True])

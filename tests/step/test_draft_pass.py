@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sglang_dflash.budget import Shape
 from sglang_dflash.draft.lattice import build_lattice
+from sglang_dflash.step import ranks
 from sglang_dflash.step.draft_pass import DraftRunner, KnownNoise
 from sglang_dflash.step.penalties import Penalties
 from sglang_dflash.step.sampling import sample_nodes
@@ -30,8 +31,16 @@ def test_a_captured_tree_outlives_the_memory_of_its_graph(monkeypatch) -> None:
     runner._captured = {}
     made = [tree(10), tree(20), tree(30)]  # by the two passes that warm up, and the one in the graph
     left = iter(made)
-    monkeypatch.setattr(DraftRunner, "_tree", lambda self, hidden, ids, block: next(left))
+    told: list[Any] = []
+
+    def made_next(self: DraftRunner, hidden: Any, input_ids: Any, block: int, found: Any) -> DraftTree:
+        told.append(found)
+        return next(left)
+
+    monkeypatch.setattr(DraftRunner, "_tree", made_next)
+    runner._penalties = Penalties(9, VOCAB, "cpu")
     batch, output = SimpleNamespace(batch_size=2, input_ids=None), SimpleNamespace(hidden_states=None)
+    batch.req_pool_indices, batch.positions = torch.tensor([0, 0]), torch.tensor([0, 0])
     for _ in made:
         runner._capture_tree(None, output, batch, 2)
     for graphs in made[1:]:
@@ -39,6 +48,8 @@ def test_a_captured_tree_outlives_the_memory_of_its_graph(monkeypatch) -> None:
             x.zero_()  # another graph of the same pool runs
     assert runner._captured[1, 2].tokens.tolist() == [[30], [31]]
     assert runner._captured[1, 2].first(1).tokens.tolist() == [[30]]
+    for found in told:  # where a replay's batch is written
+        assert found.requests is batch.req_pool_indices and found.positions.data_ptr() == batch.positions.data_ptr()
 
 
 def asked(**changed: Any) -> SimpleNamespace:
@@ -130,12 +141,29 @@ def test_a_penalised_request_s_lattice_is_penalised_and_no_other() -> None:
             origin_input_ids=[1], output_ids=[4, 4], sampling_params=params, kv=SimpleNamespace(req_pool_idx=number)
         )
 
-    reqs = [request(0, 0.0), request(1, 1.0)]
-    batch = SimpleNamespace(reqs=reqs, sampling_info=SimpleNamespace(vocab_size=vocab))
-    penalised = Penalties().of(batch, torch.tensor([3, 3]), reqs)
+    reqs, numbers, lengths = [request(0, 0.0), request(1, 1.0)], torch.arange(bs), torch.tensor([3, 3])
+    penalties = Penalties(bs, vocab, "cpu")
+    penalties.prefill(SimpleNamespace(reqs=reqs, decoding_reqs=None, req_pool_indices=numbers, seq_lens=lengths))
+    found = penalties.at(numbers, (lengths[:, None] + torch.arange(block) - 1).flatten())
     roots = torch.tensor([4, 5, 5] * bs)
-    assert runner._tree(hidden, roots, block, penalised).tokens.tolist() == [[4, 4, 4], [4, 6, 6]]
+    assert runner._tree(hidden, roots, block, found).tokens.tolist() == [[4, 4, 4], [4, 6, 6]]
     assert runner._tree(hidden, roots, block).tokens.tolist() == [[4, 4, 4], [4, 4, 4]]
+
+
+@pytest.mark.parametrize("any_penalised", [False, True])
+def test_a_graph_is_replayed_with_penalties_too(any_penalised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner: Any = object.__new__(DraftRunner)
+    output = SimpleNamespace(can_run_graph=True, logits_output=None)
+    runner.runner = SimpleNamespace(forward=lambda _: output, decode_cuda_graph_runner=SimpleNamespace(bs=2))
+    runner._captured = {(1, 2): tree(10)}
+    runner._noise = KnownNoise(BS, "cpu")
+    monkeypatch.setattr(DraftRunner, "_forward_batch", lambda *_: None)
+    monkeypatch.setattr(ranks, "first_ranks_tree", lambda grown: grown)
+    window = SimpleNamespace(block_tokens=torch.zeros(1, 1).long(), prefix_lens=torch.tensor([3]))
+    batch = SimpleNamespace(sampling_info=asked(is_all_greedy=True))
+    shape = Shape(1, 1, 1, 99)
+    monkeypatch.setattr(DraftTree, "smaller", lambda self, nodes: self)
+    assert runner.draft(batch, window, shape, any_penalised, lambda: None).tokens.tolist() == [[10]]
 
 
 def test_a_draft_pass_looks_at_the_noise_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,5 +181,5 @@ def test_a_draft_pass_looks_at_the_noise_of_its_batch(monkeypatch: pytest.Monkey
         output = SimpleNamespace(can_run_graph=False, logits_output=SimpleNamespace(hidden_states=hidden))
         runner.runner = SimpleNamespace(forward=lambda _, output=output: output)
         window = SimpleNamespace(block_tokens=torch.zeros(BS, DEPTH + 1).long(), prefix_lens=prefix_lens)
-        tree = runner.draft(SimpleNamespace(sampling_info=info), window, shape, None, lambda: None)
+        tree = runner.draft(SimpleNamespace(sampling_info=info), window, shape, False, lambda: None)
         assert walked(tree, info, target, prefix_lens).tolist() == [DEPTH + 1] * BS

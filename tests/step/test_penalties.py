@@ -1,7 +1,7 @@
 """Penalties at every node are SGLang's own, fed each token of the request's output and of the node's path once.
 
 A scheduler in small runs requests with overlap or without: prefills in chunks, mixed batches, steps of trees, and
-retractions, after each of which slots change hands.
+retractions, after each of which numbers change hands.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from sglang.srt.sampling import penaltylib
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from torch import Tensor
 
+from sglang_dflash.kernels import Emitted
+from sglang_dflash.kernels.penalties import END
 from sglang_dflash.step import penalties
-from sglang_dflash.step.penalties import Penalised, Penalties
+from sglang_dflash.step.penalties import Penalised, Penalties, penalised
 from sglang_dflash.tree import DraftTree
 
 VOCAB, EOS, STOP = 12, 3, 7  # so few that paths repeat what was emitted, and themselves
 WIDTH, DEPTH, TOKENS = 7, 3, 24
+NUMBERS = 12  # of requests
 SETTINGS: list[dict[str, Any]] = [
     {"frequency_penalty": 0.7},
     {"presence_penalty": -0.9},
@@ -55,6 +58,7 @@ class Batch(SimpleNamespace):
 def request(prompt: int, **params: Any) -> Request:
     none = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
     settings = SimpleNamespace(max_new_tokens=TOKENS, **{**none, "stop_token_ids": None, **params})
+    settings.counts_nothing = not any("penalty" in name for name in params)
     tokenizer = SimpleNamespace(eos_token_id=EOS, additional_stop_token_ids=None)
     return Request(
         origin_input_ids=[1] * prompt, output_ids=array("q"), true=[], sampling_params=settings, tokenizer=tokenizer,
@@ -100,7 +104,7 @@ class Scheduler:
     def __init__(self, overlap: bool, seed: int) -> None:
         self.rng, self.overlap = random.Random(seed), overlap
         torch.manual_seed(seed)
-        self.penalties = Penalties()
+        self.penalties = Penalties(NUMBERS, VOCAB, "cpu")
         self.waiting = [request(self.rng.randint(1, 5), **SETTINGS[i % len(SETTINGS)]) for i in range(12)]
         self.running: list[Request] = []
         self.in_flight: list[tuple[Request, list[int]]] = []
@@ -124,6 +128,7 @@ class Scheduler:
                 req.output_ids.extend(tokens)
                 if len(req.output_ids) >= req.sampling_params.max_new_tokens:
                     self.running.remove(req)
+                    req.kv.req_pool_idx = None
                     self.in_flight = [(r, t) for r, t in self.in_flight if r is not req]
 
     def retract(self) -> None:
@@ -131,26 +136,31 @@ class Scheduler:
             req = self.running.pop(self.rng.randrange(len(self.running)))
             self.in_flight = [(r, t) for r, t in self.in_flight if r is not req]
             req.true, req.retracted = list(req.output_ids), req.retracted + 1
+            req.kv.req_pool_idx = None
             self.waiting.append(req)
 
     def prefill(self) -> None:
         """Some new requests, each perhaps only a part of its prompt; in a mixed batch the running ones beside them."""
-        free = [n for n in range(12) if n not in {r.kv.req_pool_idx for r in self.running}]
+        taken = {r.kv.req_pool_idx for r in [*self.running, *self.waiting]}
+        free = [n for n in range(NUMBERS) if n not in taken]
         new = self.waiting[: self.rng.randint(1, 2)]
         partial = [r for r in new if r.chunks == 0 and self.rng.random() < 0.5]
-        for req, slot in zip(new, free, strict=False):
-            req.kv.req_pool_idx, req.chunks = slot, int(req in partial)
+        for req, number in zip(new, free, strict=False):
+            if req.kv.req_pool_idx is None:
+                req.kv.req_pool_idx = number
+            req.chunks = int(req in partial)
         mixed = self.running if self.rng.random() < 0.5 else []
         reqs = [*new, *mixed]
-        batch, lengths = batch_of(reqs), lengths_of(reqs)
+        batch = batch_of(reqs, mixed)
         logits = torch.randn(len(reqs), VOCAB)
         raw = logits.clone()
-        found = self.penalties.of(batch, lengths, mixed)
+        found = self.penalties.prefill(batch)
         sampler_settings(found).apply_logits_bias(logits)
         whole = [req not in partial for req in reqs]
         close(logits[whole], [said(r, x, []) for r, x, ok in zip(reqs, raw, whole, strict=True) if ok])
-        tokens = torch.randint(VOCAB, (len(reqs),), dtype=torch.int32)
-        self.penalties.follow(found, lengths, tokens[:, None], torch.ones_like(tokens))
+        tokens = torch.randint(VOCAB, (len(reqs),))
+        if found is not None:
+            self.penalties.emitted(batch.req_pool_indices, tokens[:, None], torch.ones(len(reqs), dtype=torch.int32))
         self.waiting = [*partial, *(r for r in self.waiting if r not in new)]
         self.running = [*self.running, *(r for r in new if r not in partial)]
         emit = [(r, [t]) for r, t, ok in zip(reqs, tokens.tolist(), whole, strict=True) if ok]
@@ -161,23 +171,28 @@ class Scheduler:
             return
         self.rng.shuffle(self.running)
         reqs = list(self.running)
-        batch, lengths = batch_of(reqs), lengths_of(reqs)
+        batch = batch_of(reqs)
         tree = a_tree([req.true[-1] for req in reqs], self.rng)
         logits = torch.randn(len(reqs), WIDTH, VOCAB)
         raw, block = logits.clone(), logits[:, :DEPTH].clone()
-        found = self.penalties.of(batch, lengths, reqs)
-        if found is not None:
-            found.along(logits, tree)
-            found.at_depths(block)
+        any_penalised = any(map(penalised, reqs))
+        if any_penalised:
+            at = batch.seq_lens[:, None] - 1
+            self.penalties.at(batch.req_pool_indices, at + tree.depths).along(logits, tree)
+            self.penalties.at(batch.req_pool_indices, at + torch.arange(DEPTH + 1)).at_depths(block)
         paths = [[path_of(tree, b, node) for node in range(WIDTH)] for b in range(len(reqs))]
         rows = zip(reqs, raw, paths, strict=True)
         close(logits, [torch.stack([said(r, x, p) for x, p in zip(xs, ps, strict=True)]) for r, xs, ps in rows])
-        close(block[:, 0], [said(r, x[0], []) for r, x in zip(reqs, raw, strict=True)])
+        for depth in range(DEPTH):  # a draft knows no path, but how long it is
+            known = [b for b, req in enumerate(reqs) if depth == 0 or req.sampling_params.counts_nothing]
+            close(block[known, depth], [said(reqs[b], raw[b, depth], [0] * depth) for b in known])
         walked = [self.rng.randrange(WIDTH) for _ in reqs]
         runs = [[*paths[b][node], self.rng.randrange(VOCAB)] for b, node in enumerate(walked)]
         self.drafted += sum(len(run) - 1 for run in runs)
         tokens = torch.tensor([run + [0] * (DEPTH + 1 - len(run)) for run in runs])
-        self.penalties.follow(found, lengths, tokens, torch.tensor([len(run) for run in runs], dtype=torch.int32))
+        if any_penalised:
+            lens = torch.tensor([len(run) for run in runs], dtype=torch.int32)
+            self.penalties.emitted(batch.req_pool_indices, tokens, lens)
         self.emit(list(zip(reqs, runs, strict=True)))
 
     def emit(self, runs: list[tuple[Request, list[int]]]) -> None:
@@ -186,8 +201,10 @@ class Scheduler:
         self.in_flight = runs
 
 
-def batch_of(reqs: list[Request]) -> Any:
-    return Batch(reqs=reqs, sampling_info=SimpleNamespace(vocab_size=VOCAB))
+def batch_of(reqs: list[Request], decoding: list[Request] | None = None) -> Any:
+    numbers = torch.tensor([req.kv.req_pool_idx for req in reqs])
+    lengths = torch.tensor([len(req.origin_input_ids) + len(req.true) for req in reqs])
+    return Batch(reqs=reqs, req_pool_indices=numbers, seq_lens=lengths, decoding_reqs=decoding)
 
 
 def sampler_settings(found: Penalised | None) -> SamplingBatchInfo:
@@ -195,10 +212,6 @@ def sampler_settings(found: Penalised | None) -> SamplingBatchInfo:
     nothing = dict.fromkeys(("temperatures", "top_ps", "top_ks", "min_ps"), torch.empty(0))
     flags = ("is_all_greedy", "is_any_greedy", "need_top_p_sampling", "need_top_k_sampling", "need_min_p_sampling")
     return SamplingBatchInfo(**nothing, **dict.fromkeys(flags, False), vocab_size=VOCAB, penalizer_orchestrator=found)
-
-
-def lengths_of(reqs: list[Request]) -> Tensor:
-    return torch.tensor([len(req.origin_input_ids) + len(req.true) for req in reqs])
 
 
 def path_of(tree: DraftTree, b: int, node: int) -> list[int]:
@@ -214,8 +227,12 @@ def close(got: Tensor, expected: list[Tensor]) -> None:
         torch.testing.assert_close(got, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("either_ops")
 @pytest.mark.parametrize("overlap", [False, True])
-def test_every_logit_is_what_sglang_s_penalties_say_of_its_path(overlap: bool) -> None:
+def test_every_logit_is_what_sglang_s_penalties_say_of_its_path(
+    overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(penalties, "FEWEST_ROWS", 1)
     retracted = 0
     for seed in range(4):
         scheduler = Scheduler(overlap, seed)
@@ -223,6 +240,7 @@ def test_every_logit_is_what_sglang_s_penalties_say_of_its_path(overlap: bool) -
         scheduler.run()
         retracted += sum(req.retracted for req in everyone)
         assert scheduler.drafted > 50
+        assert 2 < len(scheduler.penalties._emitted.counts) < NUMBERS
     assert retracted > 5
 
 
@@ -232,63 +250,112 @@ def of(change: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
     return lambda patch: patch.setattr(Penalised, "along", lambda self, x, tree: along(self, x, change(tree)))
 
 
-def forgets_the_retracted(patch: pytest.MonkeyPatch) -> None:
-    find = Penalties.of
+def on_prefill(change: Callable[[Request], Any]) -> Callable[[pytest.MonkeyPatch], None]:
+    """A plant in `Penalties._begin`: retracted requests have other outputs."""
+    begin = Penalties._begin
 
-    def without(self: Penalties, batch: Any, lengths: Tensor, running: Any) -> Any:
-        for req in batch.reqs:
-            req.kept = req.output_ids
-            if req.retracted:
-                req.output_ids = []
-        found = find(self, batch, lengths, running)
-        for req in batch.reqs:
-            req.output_ids = req.kept
-        return found
+    def begin_with_others(self: Penalties, reqs: list[Request]) -> None:
+        kept = [req.output_ids for req in reqs]
+        for req in reqs:
+            req.output_ids = change(req) if req.retracted else req.output_ids
+        begin(self, reqs)
+        for req, output in zip(reqs, kept, strict=True):
+            req.output_ids = output
 
-    patch.setattr(Penalties, "of", without)
-
-
-def counts_what_the_host_knows_again(patch: pytest.MonkeyPatch) -> None:
-    follow = Penalties.follow
-    patch.setattr(Penalties, "follow", lambda self, found, lengths, *more: follow(self, found, lengths + 99, *more))
+    return lambda patch: patch.setattr(Penalties, "_begin", begin_with_others)
 
 
-def counts_samples_of_unfinished_prompts(patch: pytest.MonkeyPatch) -> None:
-    find = Penalties.of
-    patch.setattr(Penalties, "of", lambda self, batch, lengths, running: find(self, batch, lengths, batch.reqs))
+def once_written(change: Callable[[Emitted, Emitted, list[int]], None]) -> Callable[[pytest.MonkeyPatch], None]:
+    """A plant behind `Penalties._write`: what is there then is changed, given what was there and all numbers."""
+    write = Penalties._write
+
+    def write_and_change(self: Penalties, reqs: list[Request]) -> None:
+        before = replace(self._emitted, counts=self._emitted.counts.clone())
+        write(self, reqs)
+        change(self._emitted, before, [*self._rows])
+
+    return lambda patch: patch.setattr(Penalties, "_write", write_and_change)
 
 
-def goes_by_numbers(patch: pytest.MonkeyPatch) -> None:
-    tally = penalties._Tally.of
-
-    def of_the_number(self: Any, output: Any) -> Any:
-        self._output = output
-        return tally(self, output)
-
-    patch.setattr(penalties._Tally, "of", of_the_number)
+def inherit(now: Emitted, before: Emitted, _: list[int]) -> None:
+    now.counts += torch.where(now.counts == before.counts, 0, before.counts % END)
 
 
-def counts_from_the_start_again(patch: pytest.MonkeyPatch) -> None:
-    tally = penalties._Tally.of
+def swap_settings(now: Emitted, _: Emitted, numbers: list[int]) -> None:
+    now.settings[numbers] = now.settings[numbers].roll(1, 0)
 
-    def again(self: Any, output: Any) -> Any:
-        self._read = 0
-        return tally(self, output)
 
-    patch.setattr(penalties._Tally, "of", again)
+def of_emitted(change: Callable[..., tuple[Any, ...]]) -> Callable[[pytest.MonkeyPatch], None]:
+    """A plant in `Penalties.emitted`."""
+    emitted = Penalties.emitted
+    return lambda patch: patch.setattr(Penalties, "emitted", lambda self, *told: emitted(self, *change(*told)))
+
+
+def counts_twice(patch: pytest.MonkeyPatch) -> None:
+    emitted = Penalties.emitted
+
+    def twice(self: Penalties, *told: Any) -> None:
+        emitted(self, *told)
+        emitted(self, *told)
+
+    patch.setattr(Penalties, "emitted", twice)
+
+
+def stands_still(patch: pytest.MonkeyPatch) -> None:
+    at = Penalties.at
+
+    def of_roots(self: Penalties, requests: Tensor, positions: Tensor) -> Penalised:
+        positions = positions.view(len(requests), -1)
+        return at(self, requests, positions[:, :1].expand_as(positions).contiguous())
+
+    patch.setattr(Penalties, "at", of_roots)
+
+
+def begins_once(patch: pytest.MonkeyPatch) -> None:
+    begin = Penalties._begin
+
+    def of_the_unknown(self: Penalties, reqs: list[Request]) -> None:
+        known = [req for _, req in self._rows.values()]
+        begin(self, [req for req in reqs if req not in known])
+
+    patch.setattr(Penalties, "_begin", of_the_unknown)
+
+
+def begins_all_anew(patch: pytest.MonkeyPatch) -> None:
+    prefill = Penalties.prefill
+
+    def without_decoding(self: Penalties, batch: Any) -> Penalised | None:
+        batch.decoding_reqs = None
+        return prefill(self, batch)
+
+    patch.setattr(Penalties, "prefill", without_decoding)
+
+
+def leaves_places(patch: pytest.MonkeyPatch) -> None:
+    let_go = Penalties._let_go
+
+    def and_say_none(self: Penalties, numbers: set[int]) -> list[int]:
+        let_go(self, numbers)
+        return []
+
+    patch.setattr(Penalties, "_let_go", and_say_none)
 
 
 PLANTS: dict[str, tuple[bool, Callable[[pytest.MonkeyPatch], None]]] = {
     "siblings are counted": (False, of(lambda tree: replace(tree, mask=torch.ones_like(tree.mask)))),
     "the node itself is not": (False, of(lambda tree: replace(tree, mask=tree.mask & ~torch.eye(WIDTH).bool()))),
-    "depth is not": (False, of(lambda tree: replace(tree, depths=torch.zeros_like(tree.depths)))),
-    "a retraction forgets": (False, forgets_the_retracted),
-    "overlap forgets": (True, lambda patch: patch.setattr(Penalties, "follow", lambda *_: None)),
-    "overlap counts twice": (True, counts_what_the_host_knows_again),
-    "without overlap twice": (False, counts_what_the_host_knows_again),
-    "a number's next owner inherits": (False, goes_by_numbers),
-    "what was counted is counted again": (False, counts_from_the_start_again),
-    "a chunk's sample is counted": (True, counts_samples_of_unfinished_prompts),
+    "depth is not": (False, stands_still),
+    "a retraction forgets": (False, on_prefill(lambda req: [])),
+    "a retraction counts twice": (False, on_prefill(lambda req: [*req.output_ids, *req.output_ids])),
+    "a pass is forgotten": (True, lambda patch: patch.setattr(Penalties, "emitted", lambda *_: None)),
+    "a pass counts twice": (True, counts_twice),
+    "a pass counts for neighbours": (True, of_emitted(lambda reqs, *more: (reqs.roll(1), *more))),
+    "what was not walked is counted": (False, of_emitted(lambda r, tokens, lens: (r, tokens, lens.clamp(min=2)))),
+    "a number's next owner inherits": (False, once_written(inherit)),
+    "settings are a neighbour's": (False, once_written(swap_settings)),
+    "places are left behind": (False, leaves_places),
+    "a chunk's sample is counted": (False, begins_once),
+    "mixed batches begin anew": (True, begins_all_anew),
 }
 
 
@@ -301,15 +368,33 @@ def test_planted_bugs_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
             Scheduler(overlap, seed).run()
 
 
+def numbered(reqs: list[Request]) -> list[Request]:
+    for number, req in enumerate(reqs):
+        req.kv.req_pool_idx = number
+    return reqs
+
+
 def test_batches_without_penalties_pay_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(penalties, "_numbers", None)
-    told = Penalties()
-    reqs = [request(3), request(3, min_new_tokens=2)]
-    reqs[1].output_ids = [5, 6]  # long enough
-    found = told.of(batch_of(reqs), lengths_of(reqs), reqs)
-    assert found is None
-    told.follow(found, lengths_of(reqs), torch.zeros(2, 1), torch.ones(2))
-    assert told._last is None
+    told = Penalties(NUMBERS, VOCAB, "cpu")
+    reqs = numbered([request(3), request(3, min_new_tokens=2)])
+    reqs[1].output_ids = array("q", [5, 6])  # long enough
+    assert told.prefill(batch_of(reqs)) is None
+    assert len(told._emitted.counts) == 0
+
+
+def test_counts_take_the_room_of_those_who_run_at_once() -> None:
+    """SGLang gives its numbers in turn, so that each comes to be one with penalties."""
+    told = Penalties(NUMBERS, VOCAB, "cpu")
+    for turn in range(3 * NUMBERS):
+        req = request(3, frequency_penalty=1.0)
+        req.kv.req_pool_idx = turn % NUMBERS
+        told.prefill(batch_of([req]))
+        assert told._emitted.places.tolist().count(-1) == NUMBERS - 1
+        req.kv.req_pool_idx = None
+    assert len(told._emitted.counts) == penalties.FEWEST_ROWS
+    told.prefill(batch_of(numbered([request(3, presence_penalty=1.0) for _ in range(NUMBERS)])))
+    assert sorted(told._emitted.places.tolist()) == list(range(NUMBERS)) == list(range(len(told._emitted.counts)))
 
 
 def test_sglang_keeps_no_counts_of_its_own() -> None:

@@ -71,7 +71,7 @@ def known() -> dict[tuple[int, ...], tuple[list[int], bool]]:
     return {tuple(row["prompt"]): (row["answer"], i % 2 == 0) for i, row in enumerate(rows)}
 
 
-def draft_from_answers(self: Any, batch: Any, window: Any, shape: Any, penalised: Any, foresee: Any) -> Any:
+def draft_from_answers(self: Any, batch: Any, window: Any, shape: Any, any_penalised: Any, foresee: Any) -> Any:
     from sglang_dflash.tree import Lattice, grow
 
     depth, vocab = shape.depth, self.options.draft.vocab_size
