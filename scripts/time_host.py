@@ -4,8 +4,9 @@
 
 Masks: the embedded target's tokenizer; trees along a text that the grammar takes, half of whose nodes are what comes
 next and half other tokens of the text; each request stands elsewhere in it. Beside all requests' masks together (those
-of xgrammar on several cores, where there are more than two) the same made request by request. Penalties: finding what
-was emitted, and penalising the logits of the draft and of the tree, all on one thread; the logits are a CPU's.
+of xgrammar on several cores, where there are more than two) the same made request by request. Penalties: asking
+whether there are any, penalising the logits of the draft and of the tree, and counting what was emitted, all on one
+thread of a CPU; on a GPU each of the last three is a launch, the first of them in the draft's graph.
 """
 
 from __future__ import annotations
@@ -91,10 +92,10 @@ def masks_row(template: Any, text: list[int], requests: int, nodes: int) -> dict
 
 def penalties_row(requests: int, emitted: int) -> dict[str, float]:
     """Milliseconds a step, the median; each request has emitted so many tokens, of a third as many distinct ones."""
-    from sglang_dflash.step.penalties import Penalties
+    from sglang_dflash.step.penalties import Penalties, penalised
     from sglang_dflash.tree import DraftTree
 
-    rng, penalties = random.Random(0), Penalties()
+    rng, penalties = random.Random(0), Penalties(requests, VOCAB, "cpu")
     params = SimpleNamespace(frequency_penalty=0.5, presence_penalty=0.2, repetition_penalty=1.1, min_new_tokens=0)
     reqs = []
     for number in range(requests):
@@ -102,27 +103,26 @@ def penalties_row(requests: int, emitted: int) -> dict[str, float]:
         output = array("q", [rng.choice(words) for _ in range(emitted)])
         kv = SimpleNamespace(req_pool_idx=number)
         reqs.append(SimpleNamespace(origin_input_ids=[1] * 99, output_ids=output, sampling_params=params, kv=kv))
-    batch = SimpleNamespace(reqs=reqs, sampling_info=SimpleNamespace(vocab_size=VOCAB))
+    numbers, lengths = torch.arange(requests), torch.full((requests,), 99 + emitted)
+    penalties.prefill(SimpleNamespace(reqs=reqs, decoding_reqs=None, req_pool_indices=numbers, seq_lens=lengths))
     tokens, depths = torch.randint(VOCAB, (requests, NODES)), torch.arange(NODES).expand(requests, -1)
     mask = torch.ones(requests, NODES, NODES).tril().bool()
     chain = DraftTree(tokens, (depths - 1).clamp(min=0), depths, mask, depths.float(), NODES - 1)
     logits, took = torch.randn(requests, NODES, VOCAB), []
     for _ in range(STEPS):
-        lengths = torch.tensor([99 + len(req.output_ids) for req in reqs])
         marks = [time.perf_counter()]
-        found = penalties.of(batch, lengths, reqs)
+        assert any(map(penalised, reqs))
+        found = penalties.at(numbers, lengths[:, None] + depths)
         marks.append(time.perf_counter())
-        assert found is not None
         found.at_depths(logits[:, :DEPTH])
         marks.append(time.perf_counter())
         found.along(logits, chain)
         marks.append(time.perf_counter())
-        penalties.follow(found, lengths, tokens[:, :4], torch.full((requests,), 4))
-        for req, run in zip(reqs, tokens[:, :4].tolist(), strict=True):
-            req.output_ids.extend(run)
+        penalties.emitted(numbers, tokens[:, :4].contiguous(), torch.full((requests,), 4, dtype=torch.int32))
+        marks.append(time.perf_counter())
         took.append([end - start for start, end in pairwise(marks)])
-    of, draft, tree = (round(1e3 * statistics.median(part), 3) for part in zip(*took, strict=True))
-    return {"found_ms": of, "draft_ms": draft, "tree_ms": tree}
+    parts = (round(1e3 * statistics.median(part), 3) for part in zip(*took, strict=True))
+    return dict(zip(("found_ms", "draft_ms", "tree_ms", "counted_ms"), parts, strict=True))
 
 
 def main() -> None:

@@ -67,28 +67,30 @@ def penalise(
     for b, (request, row) in enumerate(zip(requests.tolist(), emitted.places[requests].tolist(), strict=True)):
         if row < 0:
             continue
-        entries = emitted.counts[row]
-        which = entries.nonzero()[:, 0]
-        if tokens is None or mask is None:
-            path = 0
-        else:
-            which = torch.cat([which, tokens[b]])  # one that is there twice is written twice, the same
-            path = mask[b].float()
-            path[:, 0] = 0.0
-            path = (path @ (tokens[b, :, None] == which).float()).to(torch.int32)
-        counts, ends = entries[which] % END + path, entries[which] >= END
-        scores = _penalise(logits[b][:, which], counts, emitted.settings[request])
-        early = positions[b, : len(scores), None] + 1 < emitted.fewest[request]
-        logits[b][:, which] = scores.masked_fill(early & ends, float("-inf"))
+        x, entries = logits[b], emitted.counts[row]
+        early = positions[b, : len(x), None] + 1 < emitted.fewest[request]
+        groups = [(entries.nonzero()[:, 0], torch.zeros(1))]  # tokens, and how often each is on a row's path
+        if tokens is not None and mask is not None:
+            below = mask[b].float()
+            below[:, 0] = 0.0
+            groups.append((tokens[b], below @ (tokens[b, :, None] == tokens[b]).float()))
+        found = [
+            (which, _penalise(x.index_select(1, which), entries[which], path, emitted.settings[request], early))
+            for which, path in groups
+        ]
+        for which, scores in found:  # a tree's tokens last, some of which were emitted too
+            x[:, which] = scores
 
 
-def _penalise(raw: Tensor, counts: Tensor, settings: Tensor) -> Tensor:
-    """SGLang's penalties of logits, given how often each token was emitted."""
+def _penalise(raw: Tensor, entries: Tensor, path: Tensor, settings: Tensor, early: Tensor) -> Tensor:
+    """SGLang's penalties of logits [w, n]; entries [n]: the tokens' counts; path: how often more each was emitted."""
     frequency, presence, repetition = settings
+    counts = entries % END + path.to(entries)
     some = counts > 0
     x = raw.float() - (frequency * counts + presence * some)
     scale = torch.where(some, repetition, 1.0)
-    return torch.where(x < 0, x * scale, x / scale).to(raw.dtype)
+    scores = torch.where(x < 0, x * scale, x / scale).to(raw.dtype)
+    return scores.masked_fill_(early & (entries >= END), float("-inf"))
 
 
 def count_emitted(emitted: Emitted, requests: Tensor, tokens: Tensor, lens: Tensor) -> None:
