@@ -11,9 +11,10 @@ from typing import Any
 
 from sglang_dflash.kernels import plain
 from sglang_dflash.kernels.lattice import Noise
+from sglang_dflash.kernels.leads import Leads
 from sglang_dflash.kernels.rows import Pools
 
-__all__ = ["Noise", "Pools", "use_compiled"]  # and every op of `plain`
+__all__ = ["Leads", "Noise", "Pools", "use_compiled"]  # and every op of `plain`
 
 _ops: Any = plain
 

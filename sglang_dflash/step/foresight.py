@@ -22,7 +22,7 @@ from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObjec
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 from torch import Tensor
 
-from sglang_dflash.draft.leads import Leads
+from sglang_dflash.kernels import Leads
 
 FEW = 512  # words of a mask that hold tokens, where a grammar leaves little open
 BRANCHES = 4  # ways that are told, where one of several comes
@@ -71,17 +71,15 @@ class Foresight:
         coming = [self._of(req) for req in batch.reqs]
         if not any(each.tokens for each in coming):
             return None
-        places = self._places
-        numbers = np.full((len(coming), 2 * places + 1), -1)
-        for row, each in zip(numbers, coming, strict=True):
-            row[: len(each.tokens)] = each.tokens
-            row[places : places + len(each.before)] = each.before
-            row[-1] = each.sure
-        host = torch.from_numpy(numbers)
-        if torch.device(device).type == "cuda":
-            host = host.pin_memory().to(device, non_blocking=True)
-        tokens, before, sure = host.split([places, places, 1], 1)
-        return Leads(tokens, before, sure[:, 0] == 1)
+        bs, places = len(coming), self._places
+        none = [-1] * places
+        numbers = [n for each in coming for n in (each.tokens + none)[:places]]
+        numbers += [n for each in coming for n in (each.before + none)[:places]]
+        numbers += [int(each.sure) for each in coming]
+        on_gpu = torch.device(device).type == "cuda"
+        host = torch.tensor(numbers, pin_memory=on_gpu).to(device, non_blocking=True)  # in one copy
+        tokens, before, sure = host.split([bs * places, bs * places, bs])
+        return Leads(tokens.view(bs, places), before.view(bs, places), sure)
 
     def _of(self, req: Any) -> Coming:
         grammar = req.grammar

@@ -16,8 +16,8 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sglang_dflash import embedded
-from sglang_dflash.draft.lattice import build_lattice
-from sglang_dflash.draft.leads import Leads
+from sglang_dflash.draft.lattice import Candidates
+from sglang_dflash.kernels import Leads
 from sglang_dflash.step import foresight
 from sglang_dflash.step.foresight import Foresight
 from sglang_dflash.step.grammar import fill_masks
@@ -174,7 +174,8 @@ def run(backend: Any, tokenizer: Any, ids: list[int], told_: Any) -> tuple[list[
         leads, hidden = told_(foresight.leads(batch, "cpu")), torch.randn(1, DEPTH, 4, generator=generator)
         scores = torch.randn(DEPTH, VOCAB, generator=generator)
         bonus = torch.tensor(said[-1:])
-        tree = grow(build_lattice(hidden, bonus, lambda _, s=scores: s, None, 16, leads=leads), bonus, NODES)
+        candidates = Candidates.of(hidden, lambda _, s=scores: s, None, 16)
+        tree = grow(candidates.lattice(bonus, None, leads), bonus, NODES)
         coming = [*ids, *[EOS] * (DEPTH + 1)][len(said) :]
         logits = torch.randn(NODES + 1, VOCAB, generator=generator)
         for node, depth in enumerate(tree.depths[0].tolist()):
