@@ -194,6 +194,24 @@ def test_nothing_is_told_of_other_backends_and_of_thoughts(backend: Any, tokeniz
     assert told(Foresight(PLACES), thinking, tokenizer)[1]
 
 
+def test_of_a_batch_in_free_text_nothing_is_known_at_all(backend: Any, tokenizer: Any) -> None:
+    """So the draft's graph is asked for its tree, as in a batch without grammars."""
+    tag = {
+        "type": "structural_tag",
+        "structures": [{"begin": "CALL ", "schema": ORDER, "end": " DONE"}],
+        "triggers": ["CALL "],
+    }
+    tags = backend.dispatch_structural_tag(json.dumps(tag))
+    texts = ["So I say", 'He said: "no", and (then) 12', "CALL " + COMPACT + " DONE and on", None]
+    grammars = [None if text is None else behind(tags.copy(), tokenizer, text) for text in texts]
+    reqs = [SimpleNamespace(grammar=grammar, tokenizer=tokenizer) for grammar in grammars]
+    assert Foresight(PLACES).leads(SimpleNamespace(reqs=reqs), "cpu") is None
+    behind(grammars[0], tokenizer, " CALL {")
+    leads = Foresight(PLACES).leads(SimpleNamespace(reqs=reqs), "cpu")
+    assert leads is not None and (leads.tokens >= 0).any(1).tolist() == [True, False, False, False]
+    assert leads.sure.tolist() == [1, 0, 0, 0]
+
+
 def wrong(leads: Leads | None) -> Leads | None:
     """The planted bug: other tokens than those that come."""
     return leads and leads._replace(tokens=torch.where(leads.tokens < 0, -1, (leads.tokens + 1) % VOCAB))
