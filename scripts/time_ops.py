@@ -18,12 +18,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sglang_dflash.kernels import Pools, compiled, plain
+from sglang_dflash.kernels import Leads, Pools, compiled, plain
 
 REPEATS, ROUNDS = 50, 7
 NODES, DEPTH, K, RANK, VOCAB = 63, 15, 16, 128, 151_936
 HEADS, KV_HEADS, SIZE, LAYERS, TARGET_LAYERS = 32, 8, 128, 5, 36
-PREFIX = 500
+PREFIX, LEADS = 500, 12
 
 Case = tuple[str, Callable[[], object], Callable[[], object]]
 
@@ -37,6 +37,8 @@ def cases(bs: int) -> list[Case]:
     bonus = torch.randint(VOCAB, (bs,))
     gate, a, b = torch.randn(bs, DEPTH, RANK).to(bf16), *torch.randn(2, VOCAB, RANK).to(bf16)
     logp = plain.selector_logp(unary, lse, tokens, bonus, gate * 0.1, a, b)
+    chain = torch.arange(LEADS).expand(bs, -1).contiguous()
+    leads = Leads(chain + 7, chain - 1, torch.ones(bs, dtype=torch.int64))
     tree, parents, _, _, mask = plain.grow(tokens, logp, bonus, NODES)
     sampled = torch.randint(VOCAB, (bs, w))
     for node in range(1, w):  # the deepest path is followed, the longest walk there is
@@ -58,6 +60,8 @@ def cases(bs: int) -> list[Case]:
         "topk_lse": (logits, K),
         "selector_logp": (unary, lse, tokens, bonus, gate, a, b),
         "lattice_logp": (unary, lse, None),
+        "place_leads": (unary, tokens, leads),
+        "follow_leads": (logp, plain.place_leads(unary, tokens, leads)[1], leads),
         "grow": (tokens, logp, bonus, NODES),
         "grow_chain": (tokens, logp, bonus, DEPTH),
         "window_attention": (q, k, v, mask, prefix_lse, out, *caches, slots.flatten(), SIZE**-0.5, 0.0),

@@ -33,7 +33,7 @@ from torch import Tensor
 from sglang_dflash import kernels
 from sglang_dflash.arguments import options_of
 from sglang_dflash.checkpoints import Checkpoint
-from sglang_dflash.draft.leads import Leads
+from sglang_dflash.kernels import Leads
 from sglang_dflash.metrics import step_metrics
 from sglang_dflash.step import ranks
 from sglang_dflash.step.carry import Carry

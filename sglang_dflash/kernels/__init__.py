@@ -11,10 +11,11 @@ from typing import Any
 
 from sglang_dflash.kernels import plain
 from sglang_dflash.kernels.lattice import Noise
+from sglang_dflash.kernels.leads import Leads
 from sglang_dflash.kernels.penalties import Emitted
 from sglang_dflash.kernels.rows import Pools
 
-__all__ = ["Emitted", "Noise", "Pools", "use_compiled"]  # and every op of `plain`
+__all__ = ["Emitted", "Leads", "Noise", "Pools", "use_compiled"]  # and every op of `plain`
 
 _ops: Any = plain
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from sglang_dflash.kernels.flash import tree_attention
 from sglang_dflash.kernels.lattice import Noise
 from sglang_dflash.kernels.lattice import lattice_logp as plain_lattice_logp
+from sglang_dflash.kernels.leads import LEAST, SURE, UNSURE, Leads
 from sglang_dflash.kernels.penalties import Emitted
 from sglang_dflash.kernels.rows import Pools
 
@@ -123,6 +124,18 @@ def selector_logp(
     logp = unary.new_empty(*unary.shape, unary.shape[-1])
     library().lattice_selector(unary, lse, tokens, bonus_tokens, gate, predecessors, successors, logp)
     return logp
+
+
+def place_leads(unary: Tensor, tokens: Tensor, leads: Leads) -> tuple[Tensor, Tensor]:
+    placed_unary, placed = torch.empty_like(unary), torch.empty_like(tokens)
+    library().place_leads(unary, tokens, leads.tokens, leads.before, placed_unary, placed)
+    return placed_unary, placed
+
+
+def follow_leads(logp: Tensor, tokens: Tensor, leads: Leads) -> Tensor:
+    followed = logp.new_empty(*tokens.shape, tokens.shape[2])
+    library().follow_leads(logp, tokens, *leads, LEAST, SURE, UNSURE, followed)
+    return followed
 
 
 def grow(

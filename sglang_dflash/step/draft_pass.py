@@ -21,10 +21,9 @@ from torch import Tensor
 
 from sglang_dflash.budget import Shape
 from sglang_dflash.draft.checkpoint import load_mask_embedding
-from sglang_dflash.draft.lattice import build_lattice
-from sglang_dflash.draft.leads import Leads
+from sglang_dflash.draft.lattice import Candidates
 from sglang_dflash.draft.selector import build_selector
-from sglang_dflash.kernels import Noise, Pools
+from sglang_dflash.kernels import Leads, Noise, Pools
 from sglang_dflash.options import Options
 from sglang_dflash.step import ranks
 from sglang_dflash.step.penalties import Penalised, Penalties
@@ -66,7 +65,7 @@ class DraftRunner:
         self.follow_target()
         self._grow = grow_chain if options.chain else grow
         # By block and batch size: what a replayed graph leaves behind.
-        self._captured: dict[tuple[int, int], DraftTree] = {}
+        self._captured: dict[tuple[int, int], tuple[Candidates, DraftTree]] = {}
         self.runner.capture_tail_hooks.append(self._capture_tree)
         widest = max(shape.block for shape in options.shapes)
         seen = torch.ones(widest, widest, dtype=torch.bool, device=target.device)
@@ -106,64 +105,59 @@ class DraftRunner:
     ) -> DraftTree:
         """One draft pass: the tree, or chain, of what may follow the batch's bonus tokens.
 
-        foresee: what else is known of the tokens to come, asked for when the pass is launched. Where something is, the
-        lattice is made anew: no graph knows of it.
+        foresee: what else is known of the tokens to come, asked for when the pass is launched. No graph knows of it:
+        where something is, the lattice is made anew of the graph's candidates.
         """
         tokens = window.block_tokens
         if shape.nodes == 0:
             return DraftTree.root(tokens[:, 0])
         self._noise.tell(batch.sampling_info, window.prefix_lens)
         result = self.runner.forward(self._forward_batch(batch, window))
-        leads = foresee()
-        if result.can_run_graph and leads is None:
-            graphs = self.runner.decode_cuda_graph_runner
-            tree = self._captured[shape.block, graphs.bs].first(len(tokens))
+        leads, bs = foresee(), len(tokens)
+        if result.can_run_graph:
+            candidates, tree = self._captured[shape.block, self.runner.decode_cuda_graph_runner.bs]
+            if leads is None:
+                return ranks.first_ranks_tree(tree.first(bs).smaller(shape.nodes))
+            candidates = candidates.first(bs)
         else:
-            hidden, found = result.logits_output.hidden_states, None
-            if any_penalised:
-                found = self._penalties.at(batch.req_pool_indices, window.block_positions)
-            tree = self._tree(hidden, tokens.flatten(), shape.block, found, leads)
-        return ranks.first_ranks_tree(tree.smaller(shape.nodes))
+            found = self._penalties.at(batch.req_pool_indices, window.block_positions) if any_penalised else None
+            candidates = self._candidates(result.logits_output.hidden_states, bs, shape.block, found)
+        return ranks.first_ranks_tree(self._tree(candidates, tokens, shape.nodes, leads))
 
     def _capture_tree(self, _: Any, output: Any, forward_batch: Any, num_tokens: int) -> None:
         """Called by SGLang at the end of a pass that it captures, and of the two before it that warm up.
 
         The tree is read after the verify pass, and all graphs share their memory: what a verify graph needs for a
-        while may lie where a draft graph left its outputs. So the first pass's tree, which no graph owns, takes it.
-        Any batch may have penalised requests once it is replayed.
+        while may lie where a draft graph left its outputs. So the first pass's tree, which no graph owns, takes it; and
+        its candidates those of whichever of several graphs runs. Any batch may have penalised requests once it is
+        replayed.
         """
         bs = forward_batch.batch_size
         block = num_tokens // bs
         penalised = self._penalties.at(forward_batch.req_pool_indices, forward_batch.positions)
-        tree = self._tree(output.hidden_states, forward_batch.input_ids, block, penalised)
-        self._captured.setdefault((block, bs), tree).take(tree)
+        candidates = self._candidates(output.hidden_states, bs, block, penalised)
+        tree = self._tree(candidates, forward_batch.input_ids.view(bs, block), self.options.grown(block).nodes)
+        kept_candidates, kept_tree = self._captured.setdefault((block, bs), (candidates, tree))
+        kept_candidates.take(candidates)
+        kept_tree.take(tree)
 
-    def _tree(
-        self,
-        hidden: Tensor,
-        input_ids: Tensor,
-        block: int,
-        penalised: Penalised | None = None,
-        leads: Leads | None = None,
-    ) -> DraftTree:
-        """The largest tree that a pass of this width is asked for, from its hidden [bs * block, H] and input_ids [bs *
-        block].
-        """
+    def _candidates(self, hidden: Tensor, bs: int, block: int, penalised: Penalised | None = None) -> Candidates:
+        """As deep as the largest tree that a pass of this width is asked for, from its hidden [bs * block, H]."""
         options = self.options
-        shape = options.grown(block)
-        bonus_tokens = input_ids.view(-1, block)[:, 0].contiguous()
-        lattice = build_lattice(
-            hidden.view(len(bonus_tokens), block, -1)[:, 1 : shape.depth + 1],
-            bonus_tokens,
-            partial(self._head, penalised, len(bonus_tokens)),
+        return Candidates.of(
+            hidden.view(bs, block, -1)[:, 1 : options.grown(block).depth + 1],
+            partial(self._head, penalised, bs),
             self.selector,
             options.top_k,
-            self._noise.of(len(bonus_tokens)),
-            leads,
+            self._noise.of(bs),
             multiplier=options.draft.output_multiplier,
             softcap=options.draft.softcap,
         )
-        return self._grow(lattice, bonus_tokens, shape.nodes)
+
+    def _tree(self, candidates: Candidates, block_tokens: Tensor, nodes: int, leads: Leads | None = None) -> DraftTree:
+        """The tree of so many nodes; block_tokens [bs, block] int64: the pass's, the bonus token first."""
+        bonus_tokens = block_tokens[:, 0].contiguous()
+        return self._grow(candidates.lattice(bonus_tokens, self.selector, leads), bonus_tokens, nodes)
 
     def _head(self, penalised: Penalised | None, bs: int, hidden: Tensor) -> Tensor:
         """The target's logits of hidden [bs * d, H], as the target's own will be penalised at the root."""

@@ -6,15 +6,17 @@ but what comes once it does is known. A wrong guess costs a few nodes of a tree,
 emitted are the target's own samples under the grammar's masks.
 
 What comes next hardly depends on what the values before were. So it is looked up by the text without them, and asked of
-the grammar anew only where that takes no such thing.
+the grammar anew only where that takes no such thing; of a text only what is new is read.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -22,14 +24,14 @@ from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObjec
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 from torch import Tensor
 
-from sglang_dflash.draft.leads import Leads
+from sglang_dflash.kernels import Leads
 
 FEW = 512  # words of a mask that hold tokens, where a grammar leaves little open
 BRANCHES = 4  # ways that are told, where one of several comes
 LONGEST = 48  # bytes of all texts that are told
 SPACE = b" \t\n\r"
 KNOWN = 4096  # places in texts of which it is remembered what came next
-MOST_TOKENS = 1024  # of a text that is looked at: that of each step is read again, at 0.2 ms by then
+MOST_TOKENS = 1024  # of a text that is looked at
 SHORT = 16  # bytes of a string that has not ended, which are told apart
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?+', re.DOTALL)
 VALUE = re.compile(STRING.pattern + rb"([ \t\n\r]*:)?|\d+", re.DOTALL)  # or a name, which a colon follows
@@ -39,17 +41,27 @@ COMPACT = re.compile(rb"[:,]( ?)[^\s]")
 
 @dataclass(frozen=True)
 class Coming:
-    """What may come next: texts, one of which must (sure) or may, and the same as a trie: tokens, and the places of
-    those before, as in `Leads`.
+    """What may come next, of which some must (sure) or may, as a trie: tokens, and the places of those before, as in
+    `Leads`.
     """
 
-    texts: list[bytes]
-    sure: bool
     tokens: list[int]
     before: list[int]
+    sure: bool
 
 
-NOTHING = Coming([], False, [], [])
+NOTHING = Coming([], [], False)
+Texts = tuple[tuple[bytes, ...], bool]  # that may come, and whether one of them must
+
+
+@dataclass
+class Said:
+    """The text of so many tokens; bare: without values, up to its last value, which may go on and begins at `last`."""
+
+    tokens: int = 0
+    text: bytes = b""
+    bare: bytes = b""
+    last: int = 0
 
 
 class Foresight:
@@ -63,7 +75,9 @@ class Foresight:
         self._pieces: list[bytes] = []
         self._starts = np.zeros(0, dtype=np.int16)
         self._usual = b" "  # as in `_space`, of the request seen last: what another one begins with
-        self._known: dict[tuple[str | None, bytes, bytes], Coming] = {}
+        self._said: WeakKeyDictionary[XGrammarGrammar, Said] = WeakKeyDictionary()
+        self._known: dict[tuple[str | None, bytes, bytes, bool], Texts] = {}
+        self._tries: dict[tuple[bytes, ...], tuple[list[int], list[int]]] = {}
         self._mask: Tensor | None = None
 
     def leads(self, batch: Any, device: Any) -> Leads | None:
@@ -71,17 +85,15 @@ class Foresight:
         coming = [self._of(req) for req in batch.reqs]
         if not any(each.tokens for each in coming):
             return None
-        places = self._places
-        numbers = np.full((len(coming), 2 * places + 1), -1)
-        for row, each in zip(numbers, coming, strict=True):
-            row[: len(each.tokens)] = each.tokens
-            row[places : places + len(each.before)] = each.before
-            row[-1] = each.sure
-        host = torch.from_numpy(numbers)
-        if torch.device(device).type == "cuda":
-            host = host.pin_memory().to(device, non_blocking=True)
-        tokens, before, sure = host.split([places, places, 1], 1)
-        return Leads(tokens, before, sure[:, 0] == 1)
+        bs, places = len(coming), self._places
+        none = [-1] * places
+        numbers = [n for each in coming for n in (each.tokens + none)[:places]]
+        numbers += [n for each in coming for n in (each.before + none)[:places]]
+        numbers += [int(each.sure) for each in coming]
+        on_gpu = torch.device(device).type == "cuda"
+        host = torch.tensor(numbers, pin_memory=on_gpu).to(device, non_blocking=True)  # in one copy
+        tokens, before, sure = host.split([bs * places, bs * places, bs])
+        return Leads(tokens.view(bs, places), before.view(bs, places), sure)
 
     def _of(self, req: Any) -> Coming:
         grammar = req.grammar
@@ -92,31 +104,54 @@ class Foresight:
         if len(grammar.accepted_tokens) > MOST_TOKENS:
             return NOTHING
         self._learn_tokens(grammar)
-        text = b"".join([self._pieces[token] for token in grammar.accepted_tokens])
-        bare = VALUE.sub(_without_value, text)
+        text, bare = self._read(grammar)
         self._usual = _style(bare, self._usual)
-        key = grammar.key_string, bare, self._usual
+        texts, sure = self._recalled(grammar, bare, False, partial(self._texts, grammar, text, bare))
+        if texts not in self._tries:
+            trie = _trie([self._tokens(req.tokenizer, each) for each in texts], self._places)
+            _remember(self._tries, texts, trie)
+        return Coming(*self._tries[texts], sure)
+
+    def _read(self, grammar: XGrammarGrammar) -> tuple[bytes, bytes]:
+        """The text that a grammar took, and the same without its values."""
+        said = self._said.get(grammar)
+        if said is None or said.tokens > len(grammar.accepted_tokens):
+            said = self._said[grammar] = Said()
+        said.text += b"".join([self._pieces[token] for token in grammar.accepted_tokens[said.tokens :]])
+        said.tokens = len(grammar.accepted_tokens)
+        rest = said.text[said.last :]
+        begins = max((value.start() for value in VALUE.finditer(rest)), default=0)
+        said.bare += VALUE.sub(_without_value, rest[:begins])
+        said.last += begins
+        return said.text, said.bare + VALUE.sub(_without_value, rest[begins:])
+
+    def _recalled(self, grammar: XGrammarGrammar, bare: bytes, ended: bool, find: Callable[[], Texts]) -> Texts:
+        """What was found behind such a text before, if the grammar takes that; ended: behind its last value alone."""
+        key = grammar.key_string, bare, self._usual, ended
         known = self._known.get(key)
-        if known is None or not all(_takes(grammar.matcher, each) for each in known.texts):
-            texts, sure = self._texts(grammar.matcher, text)
-            known = Coming(texts, sure, *_trie([self._tokens(req.tokenizer, each) for each in texts], self._places))
-            if len(self._known) == KNOWN:
-                self._known.clear()
-            self._known[key] = known
+        if known is None or not all(_takes(grammar.matcher, each) for each in known[0]):
+            known = find()
+            _remember(self._known, key, known)
         return known
 
-    def _texts(self, matcher: Any, text: bytes) -> tuple[list[bytes], bool]:
+    def _texts(self, grammar: XGrammarGrammar, text: bytes, bare: bytes) -> Texts:
         """What may come behind a text, and whether one of these must, but for white space."""
+        matcher = grammar.matcher
         if known := self._onward(matcher, text, BRANCHES, LONGEST):
-            return known, True
-        texts = []
+            return tuple(known), True
+        texts: list[bytes] = []
         for end in (b'"', b",", b"}", b"]"):  # of a value that may go on
             if matcher.accept_string(end):
-                texts += [end + more for more in self._onward(matcher, text + end, 2, LONGEST)]
+                find = partial(self._behind, matcher, text + end)
+                after, _ = self._recalled(grammar, VALUE.sub(_without_value, bare + end), True, find)
+                texts += [end + more for more in after]
                 matcher.rollback(1)
                 if end == b'"':
                     break
-        return texts, False
+        return tuple(texts), False
+
+    def _behind(self, matcher: Any, text: bytes) -> Texts:
+        return tuple(self._onward(matcher, text, 2, LONGEST)), False
 
     def _onward(self, matcher: Any, text: bytes, ways: int, room: int) -> list[bytes]:
         """The texts that a grammar leads to behind a text, up to where it leaves much open; at most so many ways, and
@@ -196,6 +231,12 @@ class Foresight:
             bare = [piece.lstrip(SPACE) for piece in self._pieces]
             starts = [b[0] if b else -1 if piece else 255 for b, piece in zip(bare, self._pieces, strict=True)]
             self._starts = np.array(starts, dtype=np.int16)
+
+
+def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(known) == KNOWN:
+        known.clear()
+    known[key] = value
 
 
 def _without_value(value: re.Match[bytes]) -> bytes:

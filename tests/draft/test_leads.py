@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang_dflash.draft.lattice import build_lattice
-from sglang_dflash.draft.leads import Leads
+from sglang_dflash.draft.lattice import Candidates
+from sglang_dflash.kernels import Leads
 from sglang_dflash.tree import DraftTree, grow, grow_chain
 
 BS, DEPTH, K, VOCAB, H = 3, 6, 8, 300, 16
@@ -21,7 +21,7 @@ def leads(*tries: tuple[list[int], list[int], bool], places: int = 6) -> Leads:
     tokens, before = torch.full((2, len(tries), places), -1)
     for row, (trie, at, _) in enumerate(tries):
         tokens[row, : len(trie)], before[row, : len(at)] = torch.tensor(trie), torch.tensor(at)
-    return Leads(tokens, before, torch.tensor([sure for *_, sure in tries]))
+    return Leads(tokens, before, torch.tensor([int(sure) for *_, sure in tries]))
 
 
 CHAIN = [-1, 0, 1, 2, 3]
@@ -39,7 +39,7 @@ class Rank4:
 def drafted(scores: Tensor, known: Leads | None, nodes: int, selector: Any = None, how: Any = grow) -> DraftTree:
     hidden = torch.randn(*scores.shape[:2], H)
     bonus = torch.zeros(len(scores), dtype=torch.int64)
-    lattice = build_lattice(hidden, bonus, lambda _: scores.flatten(0, 1), selector, K, leads=known)
+    lattice = Candidates.of(hidden, lambda _: scores.flatten(0, 1), selector, K).lattice(bonus, selector, known)
     assert not lattice.logp.isnan().any() and lattice.logp.max() <= 0
     return how(lattice, bonus, nodes)
 

@@ -12,7 +12,7 @@ from draft_reference import Reference
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sglang_dflash.draft.lattice import build_lattice
+from sglang_dflash.draft.lattice import Candidates
 from sglang_dflash.draft.network import DFlashDraftModel, EntryClass
 from sglang_dflash.draft.selector import build_selector
 
@@ -50,15 +50,9 @@ def test_context_block_and_lattice_are_the_reference_s(kind: dict[str, Any], ben
     table.write(0, context[0][5:], start=5)
     table.write(1, context[1])
     hidden = table.block(embedding[tokens], lens)
-    lattice = build_lattice(
-        hidden[:, 1:],
-        tokens[:, 0],
-        lambda x: x @ head.T,
-        build_selector(network, embedding=embedding, head=head),
-        5,
-        multiplier=network.draft_config.output_multiplier,
-        softcap=network.draft_config.softcap,
-    )
+    selector, config = build_selector(network, embedding=embedding, head=head), network.draft_config
+    how = {"multiplier": config.output_multiplier, "softcap": config.softcap}
+    lattice = Candidates.of(hidden[:, 1:], lambda x: x @ head.T, selector, 5, **how).lattice(tokens[:, 0], selector)
 
     for i, n in enumerate(lens):
         expected_context = reference.context(features[i])
@@ -186,7 +180,7 @@ def test_the_embedded_draft_on_its_target_s_features(target: Any, bench: Any) ->
     table.write(0, context)
     hidden = table.block(embedding[tokens], [40])
     selector = build_selector(network, embedding=embedding, head=head)
-    lattice = build_lattice(hidden[:, 1:], tokens[:, 0], lambda x: x @ head.T, selector, 16)
+    lattice = Candidates.of(hidden[:, 1:], lambda x: x @ head.T, selector, 16).lattice(tokens[:, 0], selector)
 
     expected_context = reference.context(features)
     k = reference.heads(2, "k", expected_context, torch.arange(40))

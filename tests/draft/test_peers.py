@@ -14,7 +14,7 @@ from transformers import Qwen3Config
 
 from sglang_dflash.draft.checkpoint import check_tensors, load_mask_embedding, tensor_shapes_on_disk
 from sglang_dflash.draft.config import DraftConfig
-from sglang_dflash.draft.lattice import build_lattice
+from sglang_dflash.draft.lattice import Candidates
 from sglang_dflash.draft.network import EntryClass
 from sglang_dflash.draft.selector import build_selector
 
@@ -123,10 +123,9 @@ def test_z_lab_s_drafts_say_the_same_here(kind: str, context: int, tmp_path: Pat
     assert_same(hidden, expected)
 
     head, draft = torch.nn.Linear(H, VOCAB, bias=False), network.draft_config
-    lattice = build_lattice(
-        hidden[None, 1:], tokens[None, 0], head, build_selector(network, embedding=embedding, head=head.weight), 5,
-        multiplier=draft.output_multiplier, softcap=draft.softcap,
-    )  # fmt: skip
+    selector, how = build_selector(network, embedding=embedding, head=head.weight), {"softcap": draft.softcap}
+    made = Candidates.of(hidden[None, 1:], head, selector, 5, multiplier=draft.output_multiplier, **how)
+    lattice = made.lattice(tokens[None, 0], selector)
     if architecture == "DFlash2DraftModel":
         path, candidates, probs = theirs.propose(expected[None, 1:], tokens[None, 0], head, 1.0)
     else:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from sglang_dflash.draft.config import DraftConfig
-from sglang_dflash.draft.lattice import build_lattice
+from sglang_dflash.draft.lattice import Candidates
 from sglang_dflash.draft.network import EntryClass
 from sglang_dflash.draft.selector import build_selector
 from sglang_dflash.training import draft as drafts
@@ -68,6 +68,6 @@ def test_the_server_s_network_gives_training_s_lattice(selector: str, causal: bo
     block[0, 0] = tokens[0, PREFIX]
     served = table.block(target.embedding[block], [PREFIX])[:, 1:]
     chosen = build_selector(network, embedding=target.embedding, head=target.head)
-    got = build_lattice(served, tokens[:, PREFIX], lambda x: x @ target.head.T, chosen, 5)
+    got = Candidates.of(served, lambda x: x @ target.head.T, chosen, 5).lattice(tokens[:, PREFIX], chosen)
     assert torch.equal(got.tokens, expected.tokens)
     assert (got.logp - expected.logp).abs().max() < 1e-4 * expected.logp.abs().max()

@@ -23,6 +23,8 @@ def test_draft_side_ops_need_no_values(kp: int) -> None:
         tokens, bonus = torch.empty(bs, d, k, dtype=torch.int64), torch.empty(bs, dtype=torch.int64)
         *nodes, mask = kernels.grow(tokens, logp, bonus, n)
         assert [x.shape for x in nodes] == [(bs, n + 1)] * 4 and mask.shape == (bs, n + 1, n + 1)
+        leads = kernels.Leads(*torch.empty(2, bs, 12, dtype=torch.int64), bonus)
+        kernels.follow_leads(logp, kernels.place_leads(unary.view(bs, d, k), tokens, leads)[1], leads)
         assert [x.shape for x in kernels.grow_chain(tokens, logp, bonus, d)] == [(bs, d + 1)] * 2
 
 

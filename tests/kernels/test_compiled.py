@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_dflash.kernels import Emitted, Noise, Pools, compiled, plain
+from sglang_dflash.kernels import Emitted, Leads, Noise, Pools, compiled, plain
 from sglang_dflash.kernels import lattice as lattice_ops
 from sglang_dflash.kernels.penalties import END
 from sglang_dflash.kernels.sampling import gumbel
@@ -109,6 +109,44 @@ def test_lattice(dtype: torch.dtype, bs: int, d: int, k: int, r: int) -> None:
     lse[-1, -1] = torch.nan
     agree("selector_logp", unary, lse, tokens, bonus, gate, a, b, atol=2e-5, rtol=2e-5)
     agree("lattice_logp", unary, lse, None, atol=1e-6)
+
+
+def tries(bs: int, m: int, vocab: int) -> Leads:
+    """Random ones of few tokens, so that some come twice; of the second request none, of the third some are gaps."""
+    tokens = torch.randint(vocab, (bs, m))
+    before = (torch.rand(bs, m) * torch.arange(m)).long() - 1
+    before[torch.rand(bs, m) < 0.3] = -1
+    tokens[1:2], before[1:2] = -1, -1
+    tokens[2:3] = torch.where(torch.rand(1, m) < 0.3, -1, tokens[2:3])
+    return Leads(tokens, before, torch.randint(2, (bs,)))
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize(
+    ("bs", "d", "k", "m"), [(1, 6, 16, 12), (4, 3, 8, 6), (3, 1, 32, 24), (2, 15, 16, 12), (9, 2, 5, 4), (5, 7, 16, 1)]
+)
+def test_leads(bs: int, d: int, k: int, m: int, linked: bool) -> None:
+    for trial in range(4):
+        vocab = 2 * k  # most leads are among the draft's own candidates too
+        leads, tokens = tries(bs, m, vocab), torch.rand(bs, d, vocab).argsort(-1)[..., :k].contiguous()
+        unary = (torch.randn(bs, d, k) * 3).sort(-1, descending=True).values
+        if trial == 3:
+            unary[0, 0, 1:], unary[-1, -1, 0] = -torch.inf, torch.nan
+        agree("place_leads", unary, tokens, leads, equal_nan=True)
+        placed_unary, placed = plain.place_leads(unary, tokens, leads)
+        logp = placed_unary[:, :, None] + torch.randn(bs, d, k, k) * linked
+        logp = logp.log_softmax(-1).nan_to_num(-torch.inf)[:, :, : k if linked else 1].contiguous()
+        agree("follow_leads", logp, placed, leads, atol=1e-5)
+        exact, chosen = compiled.follow_leads(logp, placed, leads), plain.follow_leads(logp, placed, leads)
+        assert torch.equal(exact == -torch.inf, chosen == -torch.inf)
+        no_lead = torch.cat([leads.tokens < 0, torch.ones(bs, 1).bool()], 1).all(1) & (leads.sure == 0)
+        untouched = logp.expand(-1, -1, k, -1).clamp(min=-1e4)
+        assert torch.equal(exact[no_lead], untouched[no_lead])
+
+
+def test_leads_take_fewer_places_than_there_are_candidates() -> None:
+    with pytest.raises(RuntimeError, match="4 of 4"):
+        compiled.place_leads(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4).long(), tries(1, 4, 9))
 
 
 def lattice(bs: int, d: int, kp: int, k: int, vocab: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sglang_dflash.budget import Shape
-from sglang_dflash.draft.lattice import build_lattice
+from sglang_dflash.draft.lattice import Candidates
+from sglang_dflash.kernels import Leads
 from sglang_dflash.step import ranks
 from sglang_dflash.step.draft_pass import DraftRunner, KnownNoise
 from sglang_dflash.step.penalties import Penalties
@@ -22,34 +23,80 @@ from sglang_dflash.tree import DraftTree, grow, grow_chain, walk
 BS, DEPTH, VOCAB, ANY_K = 4, 6, 248, 1 << 30
 
 
-def tree(token: int) -> DraftTree:
-    return DraftTree.root(torch.tensor([token, token + 1]))
+def a_runner(selector: Any = None) -> Any:
+    """A draft whose hidden states are the logits themselves."""
+    runner: Any = object.__new__(DraftRunner)
+    plain = SimpleNamespace(output_multiplier=1.0, softcap=None)
+    shape = Shape(DEPTH, DEPTH, DEPTH + 1, 99)
+    runner.options = SimpleNamespace(grown=lambda block: shape, top_k=16, draft=plain)
+    runner.selector, runner._grow, runner._head = selector, grow, lambda penalised, bs, hidden: hidden
+    runner._noise, runner._captured = KnownNoise(BS + 3, "cpu"), {}
+    runner._penalties = Penalties(BS, VOCAB, "cpu")
+    return runner
 
 
-def test_a_captured_tree_outlives_the_memory_of_its_graph(monkeypatch) -> None:
-    runner = object.__new__(DraftRunner)
-    runner._captured = {}
-    made = [tree(10), tree(20), tree(30)]  # by the two passes that warm up, and the one in the graph
-    left = iter(made)
-    told: list[Any] = []
+def captured(runner: Any, passes: list[Tensor]) -> None:
+    """The hook's calls: by the two passes that warm up, and those in graphs; other graphs of the same pool follow."""
+    made = []
+    for name in ("_candidates", "_tree"):
+        how = getattr(runner, name)
+        setattr(runner, name, lambda *args, how=how: made.append(how(*args)) or made[-1])
+    told, of = [], runner._penalties.at
+    runner._penalties.at = lambda *where: told.append(where) or of(*where)
+    for hidden in passes:
+        input_ids, requests = torch.zeros(len(hidden), dtype=torch.int64), torch.zeros(BS, dtype=torch.int64)
+        batch = SimpleNamespace(batch_size=BS, input_ids=input_ids, req_pool_indices=requests, positions=input_ids)
+        runner._capture_tree(None, SimpleNamespace(hidden_states=hidden), batch, len(hidden))
+        assert told[-1][0] is requests and told[-1][1] is input_ids  # where a replay's batch is written
+    for memory in made[2:]:
+        for x in memory._tensors():
+            x.zero_()
+    del runner._candidates, runner._tree
 
-    def made_next(self: DraftRunner, hidden: Any, input_ids: Any, block: int, found: Any) -> DraftTree:
-        told.append(found)
-        return next(left)
 
-    monkeypatch.setattr(DraftRunner, "_tree", made_next)
-    runner._penalties = Penalties(9, VOCAB, "cpu")
-    batch, output = SimpleNamespace(batch_size=2, input_ids=None), SimpleNamespace(hidden_states=None)
-    batch.req_pool_indices, batch.positions = torch.tensor([0, 0]), torch.tensor([0, 0])
-    for _ in made:
-        runner._capture_tree(None, output, batch, 2)
-    for graphs in made[1:]:
-        for x in graphs._tensors():
-            x.zero_()  # another graph of the same pool runs
-    assert runner._captured[1, 2].tokens.tolist() == [[30], [31]]
-    assert runner._captured[1, 2].first(1).tokens.tolist() == [[30]]
-    for found in told:  # where a replay's batch is written
-        assert found.requests is batch.req_pool_indices and found.positions.data_ptr() == batch.positions.data_ptr()
+def logits_of(scale: float = 2.0) -> Tensor:
+    return torch.randn(BS * (DEPTH + 1), VOCAB) * scale
+
+
+def draws(runner: Any, hidden: Tensor, bs: int, nodes: int, leads: Leads | None, graph: bool) -> DraftTree:
+    """What `draft` makes of a pass of the first bs requests, replayed or not."""
+    output = SimpleNamespace(can_run_graph=graph, logits_output=SimpleNamespace(hidden_states=hidden))
+    runner.runner = SimpleNamespace(forward=lambda _: output, decode_cuda_graph_runner=SimpleNamespace(bs=BS))
+    runner._forward_batch = lambda *_: None
+    window = SimpleNamespace(block_tokens=torch.zeros(bs, DEPTH + 1).long(), prefix_lens=torch.arange(bs))
+    info = SimpleNamespace(is_all_greedy=True)
+    shape = Shape(nodes, DEPTH, DEPTH + 1, 99)
+    return runner.draft(SimpleNamespace(sampling_info=info), window, shape, False, lambda: leads)
+
+
+class Selector:
+    """A selector of rank 4, of random codebooks."""
+
+    def __init__(self) -> None:
+        self.predecessor_codebook, self.successor_codebook = torch.randn(2, VOCAB, 4)
+        self.hidden_projection = torch.nn.Linear(VOCAB, 4, bias=False).requires_grad_(False)
+
+
+@pytest.mark.usefixtures("either_ops")
+@pytest.mark.parametrize("known", [None, [5, 6, 7]])
+@pytest.mark.parametrize("bs", [BS, 2])
+@pytest.mark.parametrize("selects", [False, True])
+def test_what_a_graph_leaves_is_drafted_as_without_one(known: list[int] | None, bs: int, selects: bool) -> None:
+    torch.manual_seed(0)
+    runner, passes = a_runner(Selector() if selects else None), [logits_of() for _ in range(4)]
+    captured(runner, passes)
+    leads = None
+    if known is not None:
+        tokens = torch.tensor([known] + [[-1] * 3] * (bs - 1))
+        leads = Leads(tokens, torch.tensor([[-1, 0, 1]] * bs), torch.tensor([1] + [0] * (bs - 1)))
+    for nodes in (DEPTH, 3):
+        replayed = draws(runner, torch.full((BS, VOCAB), torch.nan), bs, nodes, leads, graph=True)
+        eager = draws(runner, passes[-1][: bs * (DEPTH + 1)], bs, nodes, leads, graph=False)
+        assert replayed.max_depth == eager.max_depth
+        for x, y in zip(replayed._tensors(), eager._tensors(), strict=True):
+            torch.testing.assert_close(x, y)
+        if known is not None:
+            assert known[0] == replayed.tokens[0, 1]
 
 
 def asked(**changed: Any) -> SimpleNamespace:
@@ -78,7 +125,7 @@ def walked(drafted: DraftTree, info: Any, target: Tensor, prefix_lens: Tensor) -
 def emitted(known: KnownNoise, info: Any, target: Tensor, prefix_lens: Tensor, grow_: Any, nodes: int) -> Tensor:
     """The same where the draft says what the target says."""
     bonus = torch.zeros(BS, dtype=torch.int64)
-    lattice = build_lattice(target[:, :DEPTH], bonus, lambda hidden: hidden, None, 16, known.of(BS))
+    lattice = Candidates.of(target[:, :DEPTH], lambda hidden: hidden, None, 16, known.of(BS)).lattice(bonus, None)
     return walked(grow_(lattice, bonus, nodes), info, target, prefix_lens)
 
 
@@ -144,10 +191,11 @@ def test_a_penalised_request_s_lattice_is_penalised_and_no_other() -> None:
     reqs, numbers, lengths = [request(0, 0.0), request(1, 1.0)], torch.arange(bs), torch.tensor([3, 3])
     penalties = Penalties(bs, vocab, "cpu")
     penalties.prefill(SimpleNamespace(reqs=reqs, decoding_reqs=None, req_pool_indices=numbers, seq_lens=lengths))
-    found = penalties.at(numbers, (lengths[:, None] + torch.arange(block) - 1).flatten())
-    roots = torch.tensor([4, 5, 5] * bs)
-    assert runner._tree(hidden, roots, block, found).tokens.tolist() == [[4, 4, 4], [4, 6, 6]]
-    assert runner._tree(hidden, roots, block).tokens.tolist() == [[4, 4, 4], [4, 4, 4]]
+    penalised = penalties.at(numbers, (lengths[:, None] + torch.arange(block) - 1).flatten())
+    roots = torch.tensor([[4, 5, 5]] * bs)
+    for paid, want in ((penalised, [4, 6, 6]), (None, [4, 4, 4])):
+        tree = runner._tree(runner._candidates(hidden, bs, block, paid), roots, 2)
+        assert tree.tokens.tolist() == [[4, 4, 4], want]
 
 
 @pytest.mark.parametrize("any_penalised", [False, True])
@@ -155,7 +203,7 @@ def test_a_graph_is_replayed_with_penalties_too(any_penalised: bool, monkeypatch
     runner: Any = object.__new__(DraftRunner)
     output = SimpleNamespace(can_run_graph=True, logits_output=None)
     runner.runner = SimpleNamespace(forward=lambda _: output, decode_cuda_graph_runner=SimpleNamespace(bs=2))
-    runner._captured = {(1, 2): tree(10)}
+    runner._captured = {(1, 2): (None, DraftTree.root(torch.tensor([10, 11])))}
     runner._noise = KnownNoise(BS, "cpu")
     monkeypatch.setattr(DraftRunner, "_forward_batch", lambda *_: None)
     monkeypatch.setattr(ranks, "first_ranks_tree", lambda grown: grown)
@@ -168,12 +216,8 @@ def test_a_graph_is_replayed_with_penalties_too(any_penalised: bool, monkeypatch
 
 def test_a_draft_pass_looks_at_the_noise_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    shape = Shape(DEPTH, DEPTH, DEPTH + 1, 99)
-    runner: Any = object.__new__(DraftRunner)
-    plain = SimpleNamespace(output_multiplier=1.0, softcap=None)
-    runner.options = SimpleNamespace(grown=lambda block: shape, top_k=16, draft=plain)
-    runner.selector, runner._grow, runner._head = None, grow_chain, lambda penalised, bs, hidden: hidden
-    runner._noise = KnownNoise(BS + 3, "cpu")
+    shape, runner = Shape(DEPTH, DEPTH, DEPTH + 1, 99), a_runner()
+    runner._grow = grow_chain
     monkeypatch.setattr(DraftRunner, "_forward_batch", lambda *_: None)
     for info in (asked(), asked(top_ks=torch.ones(BS, dtype=torch.int32), is_all_greedy=True), asked()):
         target, prefix_lens = torch.randn(BS, DEPTH + 1, VOCAB) * 2, torch.randint(2000, (BS,))

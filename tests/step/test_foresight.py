@@ -16,8 +16,8 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sglang_dflash import embedded
-from sglang_dflash.draft.lattice import build_lattice
-from sglang_dflash.draft.leads import Leads
+from sglang_dflash.draft.lattice import Candidates
+from sglang_dflash.kernels import Leads
 from sglang_dflash.step import foresight
 from sglang_dflash.step.foresight import Foresight
 from sglang_dflash.step.grammar import fill_masks
@@ -134,6 +134,53 @@ def test_long_texts_are_not_read_again(backend: Any, tokenizer: Any, monkeypatch
     assert told(Foresight(PLACES), grammar, tokenizer) == (set(), False)
 
 
+@pytest.mark.parametrize("run", [1, 3, 40])
+def test_a_text_that_goes_on_is_read_as_a_whole_one(run: int, backend: Any, tokenizer: Any) -> None:
+    numbers = {"type": "array", "items": {"type": "integer"}}
+    schema = an_object(**{"a b": TEXT, 'c": ': {"type": "number"}, "d": numbers})
+    text = '{"a b" : "x \\\\ 12\\"y, a text that is a little longer" , "c\\": ": -12.50e3, "d":[1,23 ,456]}'
+    ids, kept = tokenizer.encode(text), Foresight(PLACES)
+    grammar = backend.dispatch_json(json.dumps(schema)).copy()
+    kept._learn_tokens(grammar)
+    for start in range(0, len(ids), run):
+        for token in ids[start : start + run]:
+            grammar.accept_token(token)
+        assert kept._read(grammar) == Foresight._read(fresh(kept), grammar)
+    assert kept._read(grammar)[0].decode() == text
+    other = behind(backend.dispatch_json(json.dumps(schema)).copy(), tokenizer, '{"a b')
+    assert kept._read(other)[0] == b'{"a b'
+    other.rollback(1)
+    assert kept._read(other) == Foresight._read(fresh(kept), other)
+
+
+def fresh(known: Foresight) -> Foresight:
+    """One that knows the tokens and has read nothing."""
+    new = Foresight(PLACES)
+    new._pieces, new._starts = known._pieces, known._starts
+    return new
+
+
+@pytest.mark.parametrize("text", [COMPACT, PRETTY])
+def test_what_is_remembered_is_what_would_be_found(text: str, backend: Any, tokenizer: Any) -> None:
+    """Another text of the same schema has been seen, and one of another style."""
+    old, schema = Foresight(PLACES), json.dumps(ORDER)
+    others = [json.loads(COMPACT) | {"notes": "it is said of them all"}, json.loads(COMPACT) | {"state": "open"}]
+    for seen in (json.dumps(others[0]), json.dumps(others[1], indent=2), json.dumps(others[0], indent=1)):
+        grammar = backend.dispatch_json(schema).copy()
+        for token in tokenizer.encode(seen):
+            grammar.accept_token(token)
+            told(old, grammar, tokenizer)
+    grammar, found = backend.dispatch_json(schema).copy(), 0
+    for token in tokenizer.encode(text):
+        grammar.accept_token(token)
+        new = fresh(old)
+        new._usual = old._usual
+        now = told(new, grammar, tokenizer)
+        assert told(old, grammar, tokenizer) == now
+        found += bool(now[0])
+    assert found > 10
+
+
 def test_nothing_is_told_of_other_backends_and_of_thoughts(backend: Any, tokenizer: Any) -> None:
     other = GuidanceBackend(tokenizer, n_vocab=VOCAB, eos_token_ids=[EOS]).dispatch_json(json.dumps(ORDER)).copy()
     assert told(Foresight(PLACES), other, tokenizer) == (set(), False)
@@ -145,6 +192,24 @@ def test_nothing_is_told_of_other_backends_and_of_thoughts(backend: Any, tokeniz
     for token in [*end, *tokenizer.encode('{"')]:
         thinking.accept_token(token)
     assert told(Foresight(PLACES), thinking, tokenizer)[1]
+
+
+def test_of_a_batch_in_free_text_nothing_is_known_at_all(backend: Any, tokenizer: Any) -> None:
+    """So the draft's graph is asked for its tree, as in a batch without grammars."""
+    tag = {
+        "type": "structural_tag",
+        "structures": [{"begin": "CALL ", "schema": ORDER, "end": " DONE"}],
+        "triggers": ["CALL "],
+    }
+    tags = backend.dispatch_structural_tag(json.dumps(tag))
+    texts = ["So I say", 'He said: "no", and (then) 12', "CALL " + COMPACT + " DONE and on", None]
+    grammars = [None if text is None else behind(tags.copy(), tokenizer, text) for text in texts]
+    reqs = [SimpleNamespace(grammar=grammar, tokenizer=tokenizer) for grammar in grammars]
+    assert Foresight(PLACES).leads(SimpleNamespace(reqs=reqs), "cpu") is None
+    behind(grammars[0], tokenizer, " CALL {")
+    leads = Foresight(PLACES).leads(SimpleNamespace(reqs=reqs), "cpu")
+    assert leads is not None and (leads.tokens >= 0).any(1).tolist() == [True, False, False, False]
+    assert leads.sure.tolist() == [1, 0, 0, 0]
 
 
 def wrong(leads: Leads | None) -> Leads | None:
@@ -174,7 +239,8 @@ def run(backend: Any, tokenizer: Any, ids: list[int], told_: Any) -> tuple[list[
         leads, hidden = told_(foresight.leads(batch, "cpu")), torch.randn(1, DEPTH, 4, generator=generator)
         scores = torch.randn(DEPTH, VOCAB, generator=generator)
         bonus = torch.tensor(said[-1:])
-        tree = grow(build_lattice(hidden, bonus, lambda _, s=scores: s, None, 16, leads=leads), bonus, NODES)
+        candidates = Candidates.of(hidden, lambda _, s=scores: s, None, 16)
+        tree = grow(candidates.lattice(bonus, None, leads), bonus, NODES)
         coming = [*ids, *[EOS] * (DEPTH + 1)][len(said) :]
         logits = torch.randn(NODES + 1, VOCAB, generator=generator)
         for node, depth in enumerate(tree.depths[0].tolist()):

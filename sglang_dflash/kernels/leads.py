@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SURE = 0.95  # that one of a lead's next ones comes
+SURE, UNSURE = math.log(0.95), math.log(0.05)  # that one of a lead's next ones comes, and that none does
 LEAST = -1e4  # log-probability of a candidate that a tree may hold
 
 
@@ -21,7 +21,7 @@ class Leads(NamedTuple):
     """A trie of tokens a request, M places each.
 
     tokens [bs, M] int64, -1: none; before [bs, M] int64: the place of the lead before, -1: of a first one; sure [bs]
-    bool: at the root one of the first leads comes, whatever the draft thinks.
+    int64: 1 where at the root one of the first leads comes, whatever the draft thinks, else 0. M < K.
     """
 
     tokens: Tensor
@@ -72,5 +72,5 @@ def follow_leads(logp: Tensor, tokens: Tensor, leads: Leads) -> Tensor:
     known = behind_lead.any(-1)[:, None].repeat(1, d, 1)  # [bs, d, p]: what comes is known
     known[:, 0] = leads.sure[:, None]
     among = logp.masked_fill(~entered, -torch.inf)
-    chosen = among.log_softmax(-1) + math.log(SURE)
-    return torch.where(known[..., None], torch.where(entered, chosen, logp + math.log(1 - SURE)), logp)
+    chosen = among.log_softmax(-1) + SURE
+    return torch.where(known[..., None], torch.where(entered, chosen, logp + UNSURE), logp)
