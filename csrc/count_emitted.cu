@@ -18,9 +18,10 @@ __global__ void count_emitted_kernel(const int64_t* address, const int64_t* plac
 void count_emitted(TensorView address, TensorView places, int64_t vocab, TensorView requests, TensorView tokens,
                    TensorView lens) {
   const int64_t bs = tokens.size(0), n = tokens.size(1), blocks = (bs * n + kCountThreads - 1) / kCountThreads;
-  launch(count_emitted_kernel, dim3(blocks), kCountThreads, 0, stream_of(tokens), data<int64_t>(address, "address", {1}),
-         data<int64_t>(places, "places", {places.size(0)}), data<int64_t>(requests, "requests", {bs}),
-         data<int64_t>(tokens, "tokens", {bs, n}), data<int32_t>(lens, "lens", {bs}), vocab, bs, n);
+  launch(count_emitted_kernel, dim3(blocks), kCountThreads, 0, stream_of(tokens),
+         data<int64_t>(address, "address", {1}), data<int64_t>(places, "places", {places.size(0)}),
+         data<int64_t>(requests, "requests", {bs}), data<int64_t>(tokens, "tokens", {bs, n}),
+         data<int32_t>(lens, "lens", {bs}), vocab, bs, n);
 }
 
 }  // namespace

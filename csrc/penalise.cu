@@ -1,17 +1,18 @@
 // Logits of a request penalised in place by what it has emitted, and at a tree's nodes by their paths too.
 //
-// A request's vocabulary is cut into parts, a block each. A block looks at its part of the counts once, chunk by chunk, and
-// lists the tokens that were emitted or end the request, few as they are: then its threads share the pairs of a listed
-// token and a row of logits, so that many are read at once. Tokens of the tree are left out there. They are pairs of a
-// node and a token of the tree, and the blocks share the nodes. So each logit has one writer. A request without penalties
-// is seen by its place, before anything else is read.
+// A request's vocabulary is cut into parts, a block each. A block looks at its part of the counts once, chunk by chunk,
+// and lists the tokens that were emitted or end the request, few as they are: then its threads share the pairs of a
+// listed token and a row of logits, so that many are read at once. The tree's tokens are left out there: all blocks
+// share the pairs of a node and one of these. So each logit has one writer. A request without penalties is seen by its
+// place, before anything else is read.
 #include "common.cuh"
 
 namespace dflash {
 namespace {
 
 constexpr int kPenaliseThreads = 256;
-constexpr int kChunk = 8 * kPenaliseThreads;  // tokens looked at between two barriers
+constexpr int kCountsAtOnce = 8;  // counts that a thread reads at once
+constexpr int kChunk = kCountsAtOnce * kPenaliseThreads;
 constexpr int kTreeNodes = 256;
 constexpr int32_t kEnd = 1 << 30;  // as kernels/penalties.py: END
 
@@ -69,13 +70,17 @@ __global__ void penalise_kernel(T* logits, int64_t stride, int w, int vocab, con
 
   const int part = (vocab + parts - 1) / parts, begin = blockIdx.x * part, end = min(begin + part, vocab);
   for (int chunk = begin; chunk < end; chunk += kChunk) {
+    const int first = chunk + static_cast<int>(threadIdx.x);
+    int32_t entry[kCountsAtOnce];
 #pragma unroll
-    for (int i = 0; i < kChunk; i += kPenaliseThreads) {
-      const int token = chunk + i + static_cast<int>(threadIdx.x);
-      const int32_t entry = token < end ? counts[token] : 0;
-      if (entry == 0 || seen_before(token, nodes)) continue;
+    for (int i = 0; i < kCountsAtOnce; ++i)
+      entry[i] = first + i * kPenaliseThreads < end ? counts[first + i * kPenaliseThreads] : 0;
+#pragma unroll
+    for (int i = 0; i < kCountsAtOnce; ++i) {
+      const int token = first + i * kPenaliseThreads;
+      if (entry[i] == 0 || seen_before(token, nodes)) continue;
       const int at = atomicAdd(&found, 1);
-      listed[at] = token, entries[at] = entry;
+      listed[at] = token, entries[at] = entry[i];
     }
     __syncthreads();
     const int pairs = found * w;
@@ -104,8 +109,8 @@ void run_penalise(TensorView logits, TensorView requests, TensorView positions, 
   const int64_t stride = logits.stride(w == 1 ? 0 : 1);
   TVM_FFI_ICHECK(logits.stride(2) == 1 && (bs == 1 || logits.stride(0) == w * stride)) << "logits are not even rows";
   TVM_FFI_ICHECK(columns >= w && logits.size(2) >= vocab) << "positions or logits are too few";
-  launch(penalise_kernel<T>, dim3(parts, bs), kPenaliseThreads, 0, stream_of(logits), static_cast<T*>(logits.data_ptr()),
-         stride, w, vocab, data<int64_t>(requests, "requests", {bs}),
+  launch(penalise_kernel<T>, dim3(parts, bs), kPenaliseThreads, 0, stream_of(logits),
+         static_cast<T*>(logits.data_ptr()), stride, w, vocab, data<int64_t>(requests, "requests", {bs}),
          data<int64_t>(positions, "positions", {bs, columns}), columns, emitted, tokens, mask);
 }
 

@@ -230,7 +230,7 @@ def penalise(
     mask: Tensor | None = None,
 ) -> None:
     bs, vocab = len(logits), emitted.counts.shape[1]
-    parts = max(1, min(BLOCKS // bs, vocab // PENALISED_PART))
+    parts = max(1, min(4 * BLOCKS // bs, vocab // PENALISED_PART))
     of = emitted.address, emitted.places, emitted.settings, emitted.fewest
     library().penalise(logits, requests, positions, *of, vocab, tokens, mask, parts)
 
