@@ -160,11 +160,13 @@ def fresh(known: Foresight) -> Foresight:
     return new
 
 
-@pytest.mark.parametrize("text", [COMPACT, PRETTY])
-def test_what_is_remembered_is_what_would_be_found(text: str, backend: Any, tokenizer: Any) -> None:
-    """Another text of the same schema has been seen, and one of another style."""
-    old, schema = Foresight(PLACES), json.dumps(ORDER)
-    others = [json.loads(COMPACT) | {"notes": "it is said of them all"}, json.loads(COMPACT) | {"state": "open"}]
+@pytest.mark.parametrize("indent", [None, 2])
+def test_what_is_remembered_is_what_would_be_found(indent: int | None, backend: Any, tokenizer: Any) -> None:
+    """Other texts of the same schema have been seen. Within a long value of an `enum` the text alone does not tell."""
+    ways = ["the first of several ways", "the second of several ways"]
+    old, schema = Foresight(PLACES), json.dumps(an_object(kind={"enum": ways}, **ORDER["properties"]))
+    whole = {"kind": ways[0], **json.loads(COMPACT)}
+    text, others = json.dumps(whole, indent=indent), [whole | {"kind": ways[1]}, whole | {"state": "open"}]
     for seen in (json.dumps(others[0]), json.dumps(others[1], indent=2), json.dumps(others[0], indent=1)):
         grammar = backend.dispatch_json(schema).copy()
         for token in tokenizer.encode(seen):
