@@ -6,7 +6,8 @@ What they say means nothing, and a vocabulary of 96 tokens lets some of what is 
 of targets is served, with drafts of sliding and full layers. Serve them with --skip-tokenizer-init. `sliding` is dense:
 three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer). Of
 `qwen3-next`, `qwen3.5` and `qwen3.5-moe` three layers in four are gated delta nets; the second is dense.
-`gpt-oss-mxfp4` is gpt-oss with experts in four bits, as it is published; no CPU serves it. The families
+`gpt-oss-mxfp4` is gpt-oss with experts in four bits, as it is published, `qwen3-awq` and `qwen3-gptq` are Qwen3 with
+linear layers in four bits; no CPU serves these. The families
 with images have a vision tower, positions on three axes, and a processor whose words are t0, t1, ...: `qwen3-vl-moe`,
 and the form that Qwen3.5 is published in, `qwen3.5-vl` and `qwen3.5-moe-vl`.
 """
@@ -29,6 +30,7 @@ from sglang_dflash.draft.config import DraftConfig
 
 HIDDEN, VOCAB, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INNER, CONTEXT = 256, 96, 4, 4, 2, 64, 256, 2048
 WINDOW, BLOCK, MASK = 16, 8, 0
+GROUP = 128  # rows of a linear layer in four bits that share a scale
 SHAPE = {
     "hidden_size": HIDDEN, "vocab_size": VOCAB, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
     "head_dim": HEAD_DIM, "intermediate_size": INNER, "max_position_embeddings": CONTEXT, "bos_token_id": 1,
@@ -65,6 +67,8 @@ EXPERTS = {**UNSHARED, "shared_expert_intermediate_size": 64}
 class Family(StrEnum):
     LLAMA = "llama"
     QWEN3 = "qwen3"
+    QWEN3_AWQ = "qwen3-awq"
+    QWEN3_GPTQ = "qwen3-gptq"
     QWEN3_MOE = "qwen3-moe"
     GPT_OSS = "gpt-oss"
     GPT_OSS_MXFP4 = "gpt-oss-mxfp4"
@@ -100,6 +104,8 @@ def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return target_with_images(family)
     if family == Family.GPT_OSS_MXFP4:
         return in_four_bits(*target(Family.GPT_OSS))
+    if family in (Family.QWEN3_AWQ, Family.QWEN3_GPTQ):
+        return by_groups(*target(Family.QWEN3), gptq=family == Family.QWEN3_GPTQ)
     shape = {**SHAPE, "num_hidden_layers": LAYERS}
     config = {
         Family.LLAMA: lambda: LlamaConfig(**shape),
@@ -126,6 +132,28 @@ def in_four_bits(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[di
         tensors[f"{name}_scales"] = torch.full((experts, rows, columns // 32), 127 + exponent, dtype=torch.uint8)
     kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     return {**config, "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": kept}}, tensors
+
+
+def by_groups(
+    config: dict[str, Any], tensors: dict[str, Tensor], *, gptq: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A dense target with other random linear layers, in four bits with a scale for each group of a column's rows.
+
+    Eight numbers an int32: along a column in GPTQ, along a row in AWQ. All zeros are 8, which GPTQ keeps as 7.
+    """
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        columns, rows = tensors.pop(name).shape
+        layer, groups = name.removesuffix("weight"), rows // GROUP
+        packed = (rows // 8, columns) if gptq else (rows, columns // 8)
+        tensors[f"{layer}qweight"] = torch.randint(-(2**31), 2**31, packed, dtype=torch.int32)
+        tensors[f"{layer}qzeros"] = torch.full((groups, columns // 8), 0x77777777 if gptq else -0x77777778).int()
+        # Numbers about their zero have a root mean square of 4.6.
+        tensors[f"{layer}scales"] = torch.full((groups, columns), 1 / (4.6 * rows**0.5), dtype=torch.float16)
+        if gptq:
+            tensors[f"{layer}g_idx"] = torch.arange(rows, dtype=torch.int32) // GROUP
+    own = {"desc_act": False, "sym": True} if gptq else {"zero_point": True}
+    how = {"quant_method": "gptq" if gptq else "awq", "bits": 4, "group_size": GROUP, **own}
+    return {**config, "quantization_config": how}, tensors
 
 
 def target_with_images(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
