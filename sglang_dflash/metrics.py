@@ -24,21 +24,28 @@ logger = logging.getLogger(__name__)
 
 
 class Clock:
-    """When the parts of one step ended: start, drafted, verified, done; on a GPU, when it got there itself."""
+    """When the parts of one step ended: start, drafted, verified, done; on a GPU, when it got there itself.
 
-    def __init__(self, on_gpu: bool) -> None:
-        self._on_gpu = on_gpu
+    parts: whether anybody asks for more than start and end.
+    """
+
+    def __init__(self, on_gpu: bool, *, parts: bool) -> None:
+        self._on_gpu, self._parts = on_gpu, parts
         self._marks: list[Any] = []
-        self.drafted()  # the start
+        self.done()  # the start
 
     def drafted(self) -> None:
+        if self._parts:
+            self.done()
+
+    verified = drafted
+
+    def done(self) -> None:
         if self._on_gpu:
             self._marks.append(torch.cuda.Event(enable_timing=True))
             self._marks[-1].record()
         else:
             self._marks.append(time.perf_counter())
-
-    verified = done = drafted
 
     @property
     def start(self) -> Any:
@@ -47,6 +54,10 @@ class Clock:
     def since(self, start: Any) -> float:
         """Seconds from another step's start to this one's; on a GPU, both must have ended."""
         return self._seconds(start, self.start)
+
+    def seconds(self) -> float:
+        """Seconds of the step; on a GPU it must have ended."""
+        return self._seconds(self._marks[0], self._marks[-1])
 
     def parts(self) -> list[float]:
         """Seconds of each part; a step on a GPU must have ended."""
@@ -128,8 +139,8 @@ class StepLog:
         self._steps[choice.shape] += 1
         self._tokens += int(lens.sum())
         self._expected += choice.tokens
-        self._requests += int((lens > 0).sum())
-        self._seconds += sum(clock.parts())
+        self._requests += int(np.count_nonzero(lens))
+        self._seconds += clock.seconds()
         if time.monotonic() - self._since >= self.EVERY:
             logger.info("DFLASH: %s.", self._told())
             self._since = time.monotonic()
@@ -185,3 +196,9 @@ def by_path(report: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     path = spec.speculative_dflash_block_size or spec.speculative_num_draft_tokens  # with the bonus token
     with spec.override(speculative_num_draft_tokens=path):
         return report(*args, **kwargs)
+
+
+def by_path_when_told(report: Callable[..., Any], reporter: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same around the scheduler's report, which it asks for at every step and makes every so many."""
+    due = reporter.forward_ct_decode % reporter.decode_log_interval == 0
+    return by_path(report, reporter, *args, **kwargs) if due else report(reporter, *args, **kwargs)

@@ -168,7 +168,7 @@ def _take_over() -> None:
         f"{managers}.scheduler_components.metrics_reporter.SchedulerMetricsReporter.update_spec_metrics":
             results.count_live,
         f"{managers}.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats":
-            metrics.by_path,
+            metrics.by_path_when_told,
         "sglang.srt.layers.sampler.Sampler._sample_from_probs": sampling.sample_from_probs,
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch": seeds.give_seeds,
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.adjusted_from_schedule_batch":

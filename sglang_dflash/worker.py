@@ -200,20 +200,22 @@ class DFlashWorker(BaseSpecWorker):
             self.penalties.emitted(batch.req_pool_indices, walked.tokens, walked.lens)
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
-        commit(window, tree, walked, features, self._target_pools, self.draft)
+        captured = verified.can_run_cuda_graph
+        commit(window, tree, walked, features, self._target_pools, self.draft, captured)
         if self.keeps_states:
             self._commit_states(batch, walked, tree.tokens.shape[1])
         step.clock.done()
         return StepResult(
             logits_output=output,
             next_token_ids=walked.tokens.flatten(),
-            accept_lens=walked.lens,
+            # A root alone emits one token, as the host knows before; and no shape is smaller, to learn of.
+            accept_lens=walked.lens if step.shape.nodes else torch.ones(len(walked.lens), dtype=torch.int32),
             next_draft_input=Carry.of(walked.last, new_lens),
             new_seq_lens=new_lens,
-            can_run_cuda_graph=verified.can_run_cuda_graph,
+            can_run_cuda_graph=captured,
             speculative_num_draft_tokens=self.options.window,
             speculative_output_stride=walked.tokens.shape[1],
-            nodes=walked.nodes,
+            nodes=walked.nodes if step.choice.shape else None,
             learn=partial(self.planner.learn, step),
         )
 

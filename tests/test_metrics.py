@@ -50,7 +50,7 @@ def test_labels_are_those_of_sglangs_own_metrics(server_args: Any, monkeypatch: 
 def test_a_step_is_counted_under_them(server_args: Any) -> None:
     shapes = Shape(0, 0, 1, 256), Shape(31, 6, 7, 32)
     options = Options(DraftConfig.load(embedded.DRAFT), shapes, chain=False, top_k=16)
-    metrics, clock = step_metrics(options, server_args, enabled=True), Clock(on_gpu=False)
+    metrics, clock = step_metrics(options, server_args, enabled=True), Clock(on_gpu=False, parts=True)
     clock.drafted()
     clock.verified()
     clock.done()

@@ -43,19 +43,23 @@ class Budget:
         self.cost, self.gain = Cost(shapes, requests), Gain(shapes, requests)
         self._saved = 0.0
         self._unseen = np.zeros(len(shapes))  # steps since each shape was last taken
+        self._most = np.array([shape.most for shape in shapes])
+        self._places = np.arange(len(shapes))
 
     def choose(self, requests: np.ndarray, kinds: np.ndarray, drafting: np.ndarray, sort: int = 0) -> Choice:
         """The next step's shape; arguments as in `Choice`."""
         bs = len(requests)
-        allowed = np.array([bs <= shape.most for shape in self.shapes])
         tokens = bs + self.gain.expected(requests[drafting]).sum(0)
+        if len(self.shapes) == 1:
+            return Choice(0, requests, kinds, drafting, sort, float(tokens[0]))
+        allowed = bs <= self._most
         seconds = self.cost.seconds(bs, sort, self.cost.checks(requests))
         rates = np.where(allowed, tokens / seconds, -np.inf)
         shape = int(rates.argmax())
         self._saved = min(self._saved + PROBES * seconds[shape], SAVED * seconds[shape])
         if drafting.any():
             guessed = self.cost.guessed(bs, sort)
-            unknown = (np.arange(len(self.shapes)) > shape) | guessed
+            unknown = (self._places > shape) | guessed
             due = allowed & (self._unseen >= np.where(unknown, *RARE))
             shape = self._probe(shape, due, guessed, rates, seconds)
         self._unseen += 1
@@ -77,7 +81,17 @@ class Budget:
         self._saved -= lost[shape]
         return shape
 
-    def learn(self, choice: Choice, nodes: np.ndarray, lens: np.ndarray) -> None:
-        """What a step's requests accepted: nodes, lens as in `Gain.accepted`; a request that had ended has lens 0."""
+    def took(self, choice: Choice, seconds: float, checks: float) -> None:
+        """How long a step was, the host's checks in it included; where there is one shape, that decides nothing."""
+        if len(self.shapes) > 1:
+            self.cost.took(len(choice.requests), choice.shape, seconds, choice.sort, checks)
+
+    def learn(self, choice: Choice, nodes: np.ndarray | None, lens: np.ndarray) -> None:
+        """What a step's requests accepted: nodes, lens as in `Gain.accepted`; a request that had ended has lens 0.
+        Of the smallest shape nodes may be None.
+        """
         there = choice.drafting & (lens > 0)
+        if choice.shape == 0 or nodes is None:
+            self.gain.rest(choice.requests[there])
+            return
         self.gain.learn(choice.requests[there], choice.kinds[there], choice.shape, nodes[there], lens[there])

@@ -7,6 +7,8 @@ wait for a pass is measured where they are made.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,73 +47,111 @@ class Cost:
         self._times = np.zeros(self._factors.shape)  # how often
         self._measured = False  # whether what is expected was
         self._checks = np.zeros(requests)  # seconds a step, by request
-        self._usual_checks = np.nan
+        self._usual_checks = math.nan
+        self._forget()
 
     def expect(self, shape: int, requests: np.ndarray, seconds: np.ndarray) -> None:
         """Take what a shape's passes took before serving: seconds [sizes] by requests [sizes], ascending."""
         beyond = np.maximum(SIZES / requests[-1], 1)  # in proportion, where larger batches are not known
         self._expected[shape] = np.interp(SIZES, requests, seconds) * beyond
         self._measured = True
+        self._forget()
+
+    def _forget(self) -> None:
+        """What every step asks for and few change: what is expected by requests, and by sort and size where factors are
+        known and of which shapes none is.
+        """
+        self._by_requests: dict[int, np.ndarray] = {}
+        self._known: dict[tuple[int, int], tuple[int, np.ndarray] | None] = {}
+        self._guessed: dict[tuple[int, int], np.ndarray] = {}
 
     def begin(self, requests: np.ndarray, checked: np.ndarray) -> None:
         """New requests under these numbers; checked [requests] bool: those that have a grammar."""
-        self._checks[requests] = np.where(checked, np.nan_to_num(self._usual_checks), 0)
+        self._checks[requests] = np.where(checked, self._usual_checks, 0) if self._any_checks else 0
 
     def checks_took(self, requests: np.ndarray, seconds: float) -> None:
         """Learn from the checks of a step, of these requests."""
         each = seconds / len(requests)
-        if np.isnan(self._usual_checks):
+        if not self._any_checks:
             self._checks[requests] = self._usual_checks = each
         self._checks[requests] += CHECKS * (each - self._checks[requests])
         self._usual_checks += CHECKS * (each - self._usual_checks)
 
     def took(self, requests: int, shape: int, seconds: float, sort: int = 0, checks: float = 0.0) -> None:
         """Learn from a step of so many requests, of whose time the host's checks took so many seconds."""
-        at = self._nearest(requests)
+        at = _nearest(requests)
         if not self._measured and np.isnan(self._factors[0]).all():
             sort, seconds = 0, max(seconds - checks, seconds / 2)  # any step tells the scale of all
         expected = self._without_factor(requests, sort, checks)
         own = self._factors[sort]
+        first = math.isnan(own[shape, at])
         if not self._measured and np.isnan(self._factors[[0, sort], shape, at]).all():
             own[shape, at] = seconds / expected[shape]
+            self._forget()
             return
         believed = self._believed(expected, sort, at)[shape]  # at first, by what is known of shapes and sizes nearby
-        surprise, times = np.log(seconds / believed), self._times[sort]
+        surprise, times = math.log(seconds / believed), self._times[sort]
         rate = max(RATE, 1 / (1 + times[shape, at])) if surprise < 0 and self._measured else RATE
         times[shape, at] += 1
-        own[shape, at] = believed / expected[shape] * np.exp(rate * min(surprise, SURPRISE))
+        own[shape, at] = believed / expected[shape] * math.exp(rate * min(surprise, SURPRISE))
+        if first:
+            self._forget()
 
     def seconds(self, requests: int, sort: int = 0, checks: float = 0.0) -> np.ndarray:
         """What a step of so many requests is thought to take, [shapes] float64; checks: seconds of it."""
-        return self._believed(self._without_factor(requests, sort, checks), sort, self._nearest(requests))
+        return self._believed(self._without_factor(requests, sort, checks), sort, _nearest(requests))
 
     def checks(self, requests: np.ndarray) -> float:
         """Seconds that checks of these requests are thought to take."""
-        return float(self._checks[requests].sum())
+        return float(self._checks[requests].sum()) if self._any_checks else 0.0
 
     def guessed(self, requests: int, sort: int = 0) -> np.ndarray:
         """Shapes [shapes] bool of which no such step was ever timed: what is believed of them comes from others."""
-        return np.asarray(np.isnan(self._factors[[0, sort], :, self._nearest(requests)]).all(0))
+        key = sort, _nearest(requests)
+        if key not in self._guessed:
+            self._guessed[key] = np.asarray(np.isnan(self._factors[[0, sort], :, key[1]]).all(0))
+        return self._guessed[key]
+
+    @property
+    def _any_checks(self) -> bool:
+        return not math.isnan(self._usual_checks)
 
     def _without_factor(self, requests: int, sort: int, checks: float) -> np.ndarray:
         """What the factors of a sort are over, [shapes]."""
-        expected = np.array([np.interp(requests, SIZES, row) for row in self._expected])
-        return expected if sort == 0 else self._believed(expected, 0, self._nearest(requests)) + checks
+        expected = self._by_requests.get(requests)
+        if expected is None:
+            expected = np.array([np.interp(requests, SIZES, row) for row in self._expected])
+            self._by_requests[requests] = expected
+        return expected if sort == 0 else self._believed(expected, 0, _nearest(requests)) + checks
 
     def _believed(self, expected: np.ndarray, sort: int, at: int) -> np.ndarray:
         """Seconds of each shape, expected [shapes] by a sort's factors at a size: its own, else those of the nearest
         shape, else of the nearest size.
         """
-        factors = self._factors[sort]
-        sizes = np.flatnonzero(~np.isnan(factors).all(0))
-        if not len(sizes):
+        if (sort, at) not in self._known:
+            self._known[sort, at] = self._nearest_known(sort, at)
+        known = self._known[sort, at]
+        if known is None:
             return expected
-        column = factors[:, sizes[np.abs(sizes - at).argmin()]]
-        known = np.flatnonzero(~np.isnan(column))
-        nearest = known[np.abs(np.arange(len(column))[:, None] - known).argmin(1)]
-        factor = column[nearest]
+        size, nearest = known
+        factor = self._factors[sort, nearest, size]
+        if not self._measured:
+            return expected * factor
         longer = expected + expected[nearest] * (factor - 1)
-        return np.where((factor > 1) & self._measured, longer, expected * factor)
+        return np.where(factor > 1, longer, expected * factor)
 
-    def _nearest(self, requests: int) -> int:
-        return int(np.abs(np.log2(SIZES) - np.log2(requests)).argmin())
+    def _nearest_known(self, sort: int, at: int) -> tuple[int, np.ndarray] | None:
+        """The nearest size of which a factor is known, and for each shape the nearest one of which it is there."""
+        unknown = np.isnan(self._factors[sort])
+        sizes = np.flatnonzero(~unknown.all(0))
+        if not len(sizes):
+            return None
+        size = int(sizes[np.abs(sizes - at).argmin()])
+        known = np.flatnonzero(~unknown[:, size])
+        return size, known[np.abs(np.arange(len(unknown))[:, None] - known).argmin(1)]
+
+
+@functools.cache
+def _nearest(requests: int) -> int:
+    """The place in SIZES of the one nearest to so many requests."""
+    return int(np.abs(np.log2(SIZES) - np.log2(requests)).argmin())

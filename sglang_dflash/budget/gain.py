@@ -55,10 +55,13 @@ class Gain:
         sizes, deep = self._nodes[: shape + 1, None, None], self._depths[: shape + 1, None, None]
         return (walked & (nodes[:, 1:] <= sizes) & (depths <= deep)).sum(-1).T
 
+    def rest(self, requests: np.ndarray) -> None:
+        """These took a step of the smallest shape, which tells nothing of any other."""
+        self._idle[requests] += 1
+
     def learn(self, requests: np.ndarray, kinds: np.ndarray, shape: int, nodes: np.ndarray, lens: np.ndarray) -> None:
         """Learn from what verified trees came to; arguments as in `accepted`, kinds [requests]."""
-        if shape == 0 or not len(requests):
-            self._idle[requests] += 1
+        if not len(requests):
             return
         seen = self.accepted(shape, nodes, lens)
         for kind in np.unique(kinds):

@@ -67,6 +67,7 @@ class DraftRunner:
         # By block and batch size: what a replayed graph leaves behind.
         self._captured: dict[tuple[int, int], tuple[Candidates, DraftTree]] = {}
         self.runner.capture_tail_hooks.append(self._capture_tree)
+        target.capture_tail_hooks.append(self._capture_context)
         widest = max(shape.block for shape in options.shapes)
         seen = torch.ones(widest, widest, dtype=torch.bool, device=target.device)
         self._mask = seen.tril() if options.draft.causal else seen
@@ -91,7 +92,10 @@ class DraftRunner:
         """Write committed tokens' target features into the draft's KV pool.
 
         features [T, layers * hidden], positions [T] int64, slots [T] int64; slot 0 takes rows to be dropped.
+        Nothing is written where nothing is ever drafted.
         """
+        if self.options.largest.nodes == 0:
+            return
         context = self.network.project_features(features)
         self.network.write_context(context, positions, slots, self._pools)
 
@@ -140,6 +144,13 @@ class DraftRunner:
         kept_candidates, kept_tree = self._captured.setdefault((block, bs), (candidates, tree))
         kept_candidates.take(candidates)
         kept_tree.take(tree)
+
+    def _capture_context(self, _: Any, output: Any, forward_batch: Any, num_tokens: int) -> None:
+        """Called by SGLang at the end of each pass of the target's that it captures: of roots alone, it is known there
+        that all are kept, so the graph writes their context. Rows that pad a batch have slot 0.
+        """
+        if num_tokens == forward_batch.batch_size:
+            self.write_context(output.hidden_states, forward_batch.positions, forward_batch.out_cache_loc)
 
     def _candidates(self, hidden: Tensor, bs: int, block: int, penalised: Penalised | None = None) -> Candidates:
         """As deep as the largest tree that a pass of this width is asked for, from its hidden [bs * block, H]."""

@@ -39,6 +39,7 @@ class Planner:
         self._log, self._metrics = StepLog(options) if ranks.is_first() else None, metrics
         self._on_gpu = on_gpu
         self._before: tuple[Choice, Any, float] | None = None
+        self._known: tuple[list[Any], np.ndarray, np.ndarray] = [], *_numbers_and_kinds([])
 
     def expect(self, verify: dict[int, dict[int, float]], draft: dict[int, dict[int, float]]) -> None:
         """Seconds of verify and draft passes by width, then by requests, measured before serving."""
@@ -56,13 +57,18 @@ class Planner:
         self.budget.gain.begin(requests, kinds)
         self.budget.cost.begin(requests, np.array([req.grammar is not None for req in new], dtype=bool))
         self._before = None
+        self._known = [], *_numbers_and_kinds([])
 
     def plan(self, batch: Any) -> Step:
         """The next step of a batch, from now on."""
-        requests, kinds = _numbers_and_kinds(batch.reqs)
+        if batch.reqs != self._known[0]:  # most are those of the step before: then only identities are compared
+            self._known = batch.reqs[:], *_numbers_and_kinds(batch.reqs)
+        _, requests, kinds = self._known
         choice = self.budget.choose(requests, kinds, np.array(batch.spec_info.drafting), _sort(batch))
-        choice = replace(choice, shape=ranks.first_ranks_number(choice.shape))
-        step = Step(choice, self._shapes[choice.shape], Clock(self._on_gpu), self._before)
+        if (shape := ranks.first_ranks_number(choice.shape)) != choice.shape:
+            choice = replace(choice, shape=shape)
+        clock = Clock(self._on_gpu, parts=self._metrics is not None)
+        step = Step(choice, self._shapes[shape], clock, self._before)
         self._before = choice, step.clock.start, 0.0
         return step
 
@@ -74,15 +80,14 @@ class Planner:
         self.budget.cost.checks_took(choice.requests[grammars.rows], grammars.seconds)
         self._before = choice, start, grammars.seconds
 
-    def learn(self, step: Step, nodes: Tensor, lens: Tensor, reqs: Sequence[Any]) -> None:
-        """A step's results have reached the host: nodes [bs, D + 1] walked, lens [bs] emitted; reqs: who took it, their
-        outputs still as before.
+    def learn(self, step: Step, nodes: Tensor | None, lens: Tensor, reqs: Sequence[Any]) -> None:
+        """A step's results have reached the host: nodes [bs, D + 1] walked, None of the smallest shape; lens [bs]
+        emitted; reqs: who took it, their outputs still as before.
         """
-        walked, emitted = nodes.numpy(), lens.numpy()
+        walked, emitted = nodes if nodes is None else nodes.numpy(), lens.numpy()
         if step.before is not None:
             choice, start, checks = step.before
-            seconds = step.clock.since(start)
-            self.budget.cost.took(len(choice.requests), choice.shape, seconds, choice.sort, checks)
+            self.budget.took(choice, step.clock.since(start), checks)
         self.budget.learn(step.choice, walked, emitted)
         if self._log is not None:
             self._log.step_done(step.choice, step.clock, emitted)

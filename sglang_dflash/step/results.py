@@ -74,6 +74,8 @@ def emitted(req: Any, run: list[int]) -> int:
     A grammar's end ends the run already.
     """
     params = req.sampling_params
+    if len(run) <= 1:
+        return len(run)
     if not (params.stop_strs or params.stop_regex_strs) and stop_ids(req).isdisjoint(run):
         return len(run)
     probe = copy.copy(req)

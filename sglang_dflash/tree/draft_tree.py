@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +55,14 @@ class DraftTree:
 
     @classmethod
     def root(cls, bonus_tokens: Tensor) -> DraftTree:
-        """The tree of bonus_tokens [bs] int64 alone: to verify it is plain decoding."""
-        tokens = bonus_tokens[:, None]
-        nothing = torch.zeros_like(tokens)
-        mask = torch.ones(len(tokens), 1, 1, dtype=torch.bool, device=tokens.device)
-        return cls(tokens, nothing, nothing, mask, nothing.float(), 0)
+        """The tree of bonus_tokens [bs] int64 alone: to verify it is plain decoding. Batches of one size share all but
+        these, so nothing is launched; nobody is to write them.
+        """
+        nothing, mask, logp = _of_roots(len(bonus_tokens), bonus_tokens.device)
+        return cls(bonus_tokens[:, None], nothing, nothing, mask, logp, 0)
+
+
+@functools.lru_cache(maxsize=512)
+def _of_roots(bs: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = torch.zeros(bs, 1, dtype=torch.int64, device=device)
+    return nothing, torch.ones(bs, 1, 1, dtype=torch.bool, device=device), nothing.float()

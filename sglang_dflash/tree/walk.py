@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sglang_dflash import kernels
@@ -36,4 +38,12 @@ def walk(tree: DraftTree, sampled: Tensor, max_depth: Tensor | None = None) -> W
     What is emitted are the target's samples alone, so it is distributed as without a draft, whatever the
     sampling settings.
     """
+    if tree.tokens.shape[1] == 1:
+        return Walk(tree.parents, sampled, _ones(len(sampled), sampled.device), sampled[:, 0])
     return Walk(*kernels.walk(tree.tokens, tree.parents, tree.mask, sampled, max_depth, tree.max_depth))
+
+
+@functools.lru_cache(maxsize=512)
+def _ones(bs: int, device: torch.device) -> Tensor:
+    """What all walks of roots alone come to; nobody is to write it."""
+    return torch.ones(bs, dtype=torch.int32, device=device)

@@ -16,7 +16,7 @@ from sglang_dflash.kernels import Pools
 from sglang_dflash.platforms.cpu.memory import CpuKVPool
 from sglang_dflash.step.commit import commit
 from sglang_dflash.step.draft_pass import pools_of
-from sglang_dflash.tree import Walk
+from sglang_dflash.tree import DraftTree, Walk, walk
 
 SLOTS, ROWS, WINDOW, W = 200, 60, 12, 5
 FULL, SLIDING = (1, 3), (0, 2)
@@ -53,7 +53,7 @@ def commit_two(slots: Tensor, pools: list[Pools]) -> list[list[int]]:
     window = SimpleNamespace(slots=slots[:, -W:], prefix_lens=torch.tensor([35, 35]))
     tree = SimpleNamespace(tokens=torch.zeros(2, W), max_depth=2)
     draft = SimpleNamespace(options=SimpleNamespace(chain=False), write_context=lambda *_: None)
-    given: tuple[Any, ...] = (window, tree, walked, torch.zeros(2 * W, 4), pools, draft)
+    given: tuple[Any, ...] = (window, tree, walked, torch.zeros(2 * W, 4), pools, draft, True)
     commit(*given)
     return [[0, 2, 4, 3, 4], [0, 1, 2, 3, 4]]
 
@@ -103,3 +103,18 @@ def test_one_pool_has_all_layers() -> None:
     made = CpuKVPool(SLOTS, 1, torch.float32, 2, 8, 4, "cpu", enable_memory_saver=False)
     (rows,) = pools_of(made)
     assert len(rows.tensors) == 8 and rows.rows_by_slot is None
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_roots_alone_stay_where_they_are_and_their_graph_has_written_their_context(captured: bool) -> None:
+    tree, told = DraftTree.root(torch.tensor([5, 6])), []
+    slots, lens, features = torch.tensor([[40], [0]]), torch.tensor([7, 9]), torch.randn(2, 4)
+    window = SimpleNamespace(slots=slots, prefix_lens=lens)
+    draft = SimpleNamespace(options=SimpleNamespace(chain=False), write_context=lambda *given: told.append(given))
+    walked = walk(tree, torch.tensor([[7], [8]]))
+    commit(window, tree, walked, features, [], draft, captured)  # type: ignore[arg-type]
+    if captured:
+        assert not told
+    else:
+        ((written, positions, at),) = told
+        assert written is features and positions is lens and at.tolist() == [40, 0]

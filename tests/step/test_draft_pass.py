@@ -227,3 +227,22 @@ def test_a_draft_pass_looks_at_the_noise_of_its_batch(monkeypatch: pytest.Monkey
         window = SimpleNamespace(block_tokens=torch.zeros(BS, DEPTH + 1).long(), prefix_lens=prefix_lens)
         tree = runner.draft(SimpleNamespace(sampling_info=info), window, shape, False, lambda: None)
         assert walked(tree, info, target, prefix_lens).tolist() == [DEPTH + 1] * BS
+
+
+@pytest.mark.parametrize("nodes", [0, 7])
+def test_graphs_of_roots_write_the_context_that_a_draft_will_read(nodes: int) -> None:
+    """Of wider passes it is not known there what is kept; and a server that never drafts keeps none."""
+    told: list[tuple[Tensor, ...]] = []
+    runner: Any = object.__new__(DraftRunner)
+    runner.options = SimpleNamespace(largest=SimpleNamespace(nodes=nodes))
+    runner.network = SimpleNamespace(project_features=lambda x: x + 1, write_context=lambda *given: told.append(given))
+    runner._pools = None
+    for width in (1, 8):
+        output = SimpleNamespace(hidden_states=torch.zeros(2 * width, 3))
+        places = torch.arange(2 * width)
+        batch = SimpleNamespace(batch_size=2, positions=places, out_cache_loc=places + 4)
+        runner._capture_context(None, output, batch, 2 * width)
+    assert len(told) == (1 if nodes else 0)
+    if nodes:
+        context, positions, slots, _ = told[0]
+        assert (context.tolist(), positions.tolist(), slots.tolist()) == ([[1.0] * 3] * 2, [0, 1], [4, 5])

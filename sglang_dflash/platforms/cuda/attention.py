@@ -82,7 +82,8 @@ class WindowAttention(AttentionBackend):
             if not in_capture:
                 lens.copy_(forward_batch.seq_lens[:bs])
                 given = forward_batch.spec_info.window_mask
-                mask[: len(given)].copy_(given)
+                if mask.shape[1] > 1:  # a root sees itself
+                    mask[: len(given)].copy_(given)
             self._bind(lens, mask)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
