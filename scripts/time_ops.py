@@ -18,12 +18,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sglang_dflash.kernels import Leads, Pools, compiled, plain
+from sglang_dflash.kernels import Emitted, Leads, Pools, compiled, plain
 
 REPEATS, ROUNDS = 50, 7
 NODES, DEPTH, K, RANK, VOCAB = 63, 15, 16, 128, 151_936
 HEADS, KV_HEADS, SIZE, LAYERS, TARGET_LAYERS = 32, 8, 128, 5, 36
-PREFIX, LEADS = 500, 12
+PREFIX, LEADS, WORDS = 500, 12, 300
 
 Case = tuple[str, Callable[[], object], Callable[[], object]]
 
@@ -55,6 +55,11 @@ def cases(bs: int) -> list[Case]:
     pools = Pools.of([torch.zeros(bs * w + 1, KV_HEADS, SIZE, dtype=bf16) for _ in range(2 * LAYERS)])
     k_norm, cos_sin = torch.ones(LAYERS, 1, SIZE, dtype=bf16), torch.rand(8192, SIZE)
     source, destination, _, positions, context_slots = plain.commit_rows(slots, prefix, nodes, lens, w)
+    verified, places = (torch.randn(bs * w, VOCAB) * 3).to(bf16), prefix[:, None] + torch.arange(w)
+    any_k, everything, none = torch.full((bs,), 1 << 30, dtype=torch.int32), torch.ones(bs), torch.zeros(bs)
+    of_samples = torch.arange(bs), torch.ones(bs), any_k, everything, none
+    emitted = penalised(bs)
+    slot_table = torch.zeros(bs, 8192, dtype=torch.int32)
     target_pools = Pools.of([torch.zeros(bs * w + 1, KV_HEADS, SIZE, dtype=bf16) for _ in range(2 * TARGET_LAYERS)])
     arguments = {
         "topk_lse": (logits, K),
@@ -67,7 +72,10 @@ def cases(bs: int) -> list[Case]:
         "window_attention": (q, k, v, mask, prefix_lse, out, *caches, slots.flatten(), SIZE**-0.5, 0.0),
         "tree_attention": (q, k, v, mask, prefix.int(), pages, 1, *paged, slots.flatten(), SIZE**-0.5, 0.0),
         "walk": (tree, parents, mask, sampled, None, DEPTH),
-        "open_window": (torch.zeros(bs, 8192, dtype=torch.int32), torch.arange(bs), prefix, bonus, 0, w, m),
+        "sample": (verified, places.flatten(), *of_samples, False),
+        "penalise": (verified.view(bs, w, VOCAB), torch.arange(bs), places, emitted, tree, mask),
+        "count_emitted": (emitted, torch.arange(bs), tree[:, :m], lens),
+        "open_window": (slot_table, torch.arange(bs), prefix, prefix + w, prefix + DEPTH, bonus, 0, w, m),
         "commit_rows": (slots, prefix, nodes, lens, w),
         "move_rows": (target_pools, source, destination, bs),
         "write_context": (kv, k_norm, cos_sin, positions, context_slots, pools, 1e-5),
@@ -76,6 +84,16 @@ def cases(bs: int) -> list[Case]:
         (name, *(lambda op=getattr(ops, name), args=args: op(*args) for ops in (compiled, plain)))
         for name, args in arguments.items()
     ]
+
+
+def penalised(bs: int) -> Emitted:
+    """Of bs requests, each with penalties and some words that it has emitted."""
+    emitted = Emitted.none(bs, VOCAB, torch.get_default_device())
+    emitted.grow(bs)
+    emitted.places.copy_(torch.arange(bs))
+    emitted.settings.copy_(torch.tensor([0.5, 0.2, 1.1]))
+    emitted.counts.scatter_(1, torch.randint(VOCAB, (bs, WORDS)), 1)
+    return emitted
 
 
 def microseconds(run: Callable[[], object]) -> float:
