@@ -319,8 +319,8 @@ def _prefills_in_one_launch(server_args: Any) -> bool:
     """Whether a prompt's pass is one CUDA graph. SGLang by itself launches a graph a layer, and attention between them,
     and decoding waits for its host.
 
-    For what has been measured, and where the user says nothing else: plain attention in 16 bits, prompts apart from
-    decoding requests, of whom one graph could not hold enough.
+    For what has been measured, and where the user says nothing else: plain attention in 16 bits on one GPU, prompts
+    apart from decoding requests, of whom one graph could not hold enough.
     """
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
@@ -329,7 +329,7 @@ def _prefills_in_one_launch(server_args: Any) -> bool:
     if (Phase.PREFILL, "backend") in server_args._cuda_graph_config_locked or view.enable_mixed_chunk:
         return False
     usual = view.cuda_graph_config.prefill.backend == Backend.BREAKABLE
-    return bool(usual and not (target.needs or target.quantization or view.enable_lora))
+    return bool(usual and not (target.needs or target.quantization or view.enable_lora or view.tp_size > 1))
 
 
 def _check_attention(server_args: Any) -> None:

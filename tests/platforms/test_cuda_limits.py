@@ -74,7 +74,16 @@ TARGET = Target(
             "--speculative-draft-attention-backend flashinfer is not fa3, and all passes",
         ),
         ({"attention_backend": "flex_attention"}, {}, {}, (9, 0), "flex_attention reads no tree, fa3 does"),
-        ({"tp_size": 2}, {}, {}, (9, 0), "--tp-size 2 is more than one"),
+        ({"tp_size": 2}, {}, {}, (9, 0), ""),
+        (
+            {"tp_size": 2, "attention_backend": "flashinfer"}, {}, {}, (9, 0),
+            "attention is by flashinfer, which was not seen on several GPUs (--tp-size 2)",
+        ),
+        ({"tp_size": 4, "dtype": "float32"}, {}, {}, (9, 0), "attention is by plain_torch, which was not seen on"),
+        (
+            {"tp_size": 2}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (9, 0),
+            "it has sinks, which was not seen on several GPUs (--tp-size 2)",
+        ),
         ({"dtype": "float32"}, {}, {}, (9, 0), ""),
         ({"dtype": "float", "attention_backend": "plain_torch"}, {}, {}, (12, 0), ""),
         ({"dtype": "float32", "attention_backend": "fa3"}, {}, {}, (9, 0), "fa3 reads no tree, plain_torch does"),

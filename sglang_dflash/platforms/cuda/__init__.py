@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from sglang_dflash.draft.config import DraftConfig
@@ -70,8 +71,6 @@ def unserved(
     asked: what the user gave, with SGLang's names: its own choice of an attention backend binds nobody. arguments: the
     same as SGLang settled them so far; capability: the GPU's.
     """
-    if arguments.tp_size > 1:
-        return f"--tp-size {arguments.tp_size} is more than one, and trees have been shared by ranks on CPUs alone"
     if capability < LEAST_CAPABILITY:
         return "the GPU has compute capability {}.{}, and trees need {}.{}".format(*capability, *LEAST_CAPABILITY)
     backend = attention_backend(asked, arguments.dtype)
@@ -92,7 +91,16 @@ def unserved(
         return "keys and values in eight bits need compute capability {}.{}".format(*FP8_CAPABILITY)
     if draft.head_dim not in HEAD_SIZES:
         return f"the draft's head size {draft.head_dim} is not {either(HEAD_SIZES)}"
+    if arguments.tp_size > 1 and (unseen := next(_unseen_in_shares(backend, target), "")):
+        return f"{unseen}, which was not seen on several GPUs (--tp-size {arguments.tp_size})"
     return ""
+
+
+def _unseen_in_shares(backend: str, target: Target) -> Iterator[str]:
+    """What was seen on one GPU alone, as parts of a sentence."""
+    yield from target.needs.values()
+    if backend != FAST_ATTENTION:
+        yield f"attention is by {backend}"
 
 
 def register_attention() -> None:
