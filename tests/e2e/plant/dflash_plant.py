@@ -52,15 +52,10 @@ def settings_of_the_next(settings_of: Any, info: Any, requests: Any) -> Any:
 
 
 def walk_preferring_the_draft(walk: Any, tree: Any, sampled: torch.Tensor, limit: Any) -> Any:
-    """The planted bug: at a node whose best child the draft finds likely, the child counts as sampled."""
+    """The planted bug: at a node that has children the best one counts as sampled."""
     sampled = sampled.clone()
-    for node in reversed(
-        range(1, tree.tokens.shape[1])
-    ):  # a node's best child comes first, so is written last
-        parent = tree.parents[:, node : node + 1]
-        likely = tree.logp[:, node : node + 1] - tree.logp.gather(1, parent) > -1.2
-        token = torch.where(likely, tree.tokens[:, node : node + 1], sampled.gather(1, parent))
-        sampled.scatter_(1, parent, token)
+    for node in reversed(range(1, tree.tokens.shape[1])):  # a node's best child comes first, so is written last
+        sampled.scatter_(1, tree.parents[:, node : node + 1], tree.tokens[:, node : node + 1])
     return walk(tree, sampled, limit)
 
 
