@@ -14,8 +14,10 @@ import tvm_ffi.cpp
 
 from sglang_dflash import embedded, kernels
 from sglang_dflash.kernels import compiled
+from sglang_dflash.platforms.cpu import vector_math
 
 HERE = Path(__file__).parent
+vector_math.settle()
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import torch
 
 from sglang_dflash.kernels import flash, plain
 from sglang_dflash.kernels.attention import Sight
+from sglang_dflash.platforms.cpu import vector_math
 from sglang_dflash.platforms.cuda import FAST_CAPABILITIES
 
 MULTIPROCESSORS = 132  # an H100's, for the interpreter
@@ -279,6 +280,7 @@ def rms(x: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
+    vector_math.settle()
     flash.multiprocessors = lambda device: MULTIPROCESSORS
     found = {
         f"{name}, {dtype}": errors(case, getattr(torch, dtype))

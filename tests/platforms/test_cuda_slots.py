@@ -22,6 +22,8 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+from sglang_dflash.platforms.cpu import vector_math
+
 HEADS, KV_HEADS, SIZE, ROWS, COLUMNS = 4, 2, 8, 6, 400
 # SGLang's module and class, and ours, by the name of an attention backend.
 THEIRS = {
@@ -270,4 +272,5 @@ def test_tables_stay_where_the_first_graphs_found_them(ours: Any) -> None:
 
 
 if __name__ == "__main__":
+    vector_math.settle()
     print(json.dumps({"errors": [error(*case) for case in CASES]}))

@@ -117,8 +117,10 @@ class PlainCpuPlatform(SRTPlatform):
         return True
 
     def init_backend(self) -> None:
+        from sglang_dflash.platforms.cpu import vector_math
         from sglang_dflash.platforms.cpu.rope import register_rope
 
+        vector_math.settle()
         register_rope(self.get_dispatch_key_name())
 
     def post_load_model(self, model: torch.nn.Module) -> None:
