@@ -41,7 +41,7 @@ from sglang_dflash.step.commit import commit
 from sglang_dflash.step.draft_pass import DraftRunner, pools_of
 from sglang_dflash.step.foresight import Foresight
 from sglang_dflash.step.grammar import Grammars
-from sglang_dflash.step.penalties import Penalties, penalised
+from sglang_dflash.step.penalties import Penalties
 from sglang_dflash.step.plan import Planner
 from sglang_dflash.step.results import StepResult
 from sglang_dflash.step.sampling import adjust_logits, sample_nodes
@@ -183,8 +183,8 @@ class DFlashWorker(BaseSpecWorker):
     ) -> GenerationBatchResult:
         step = self.planner.plan(batch)
         window = Window.open(batch, self.target, step.shape, self.options.draft.mask_token_id)
-        any_penalised = any(map(penalised, batch.reqs))
-        tree = self.draft.draft(batch, window, step.shape, any_penalised, partial(self._leads, batch, grammar_barrier))
+        leads = partial(self._leads, batch, grammar_barrier)
+        tree = self.draft.draft(batch, window, step.shape, step.penalised, leads)
         step.clock.drafted()
         grammars = Grammars(batch, tree) if batch.has_grammar else None
         verified, positions = self._verify(batch, window, tree)
@@ -193,10 +193,10 @@ class DFlashWorker(BaseSpecWorker):
         features, output.hidden_states = output.hidden_states, None
         if grammars is not None:
             grammars.mask_ahead(output.next_token_logits, grammar_barrier)
-        walked = self._sample_and_walk(batch, window, output, positions, tree, any_penalised, grammars)
+        walked = self._sample_and_walk(batch, window, output, positions, tree, step.penalised, grammars)
         if grammars is not None:
             self.planner.checked(grammars)
-        if any_penalised:
+        if step.penalised:
             self.penalties.emitted(batch.req_pool_indices, walked.tokens, walked.lens)
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)

@@ -19,12 +19,14 @@ from sglang_dflash.step.penalties import penalised
 
 @dataclass(frozen=True)
 class Step:
-    """One step: what was chosen for it, and when its parts ended. before: the step that it followed without a break, as
-    its choice, its start and the host's seconds for its grammars; None behind a prefill.
+    """One step: what was chosen for it, and when its parts ended. penalised: whether one of its requests is. before:
+    the step that it followed without a break, as its choice, its start and the host's seconds for its grammars; None
+    behind a prefill.
     """
 
     choice: Choice
     shape: Shape
+    penalised: bool
     clock: Clock
     before: tuple[Choice, Any, float] | None
 
@@ -64,11 +66,13 @@ class Planner:
         if batch.reqs != self._known[0]:  # most are those of the step before: then only identities are compared
             self._known = batch.reqs[:], *_numbers_and_kinds(batch.reqs)
         _, requests, kinds = self._known
-        choice = self.budget.choose(requests, kinds, np.array(batch.spec_info.drafting), _sort(batch))
+        some_penalised = any(map(penalised, batch.reqs))
+        sort = int(batch.has_grammar) + 2 * some_penalised  # what else the host does: masks, penalties
+        choice = self.budget.choose(requests, kinds, np.array(batch.spec_info.drafting), sort)
         if (shape := ranks.first_ranks_number(choice.shape)) != choice.shape:
             choice = replace(choice, shape=shape)
         clock = Clock(self._on_gpu, parts=self._metrics is not None)
-        step = Step(choice, self._shapes[shape], clock, self._before)
+        step = Step(choice, self._shapes[shape], some_penalised, clock, self._before)
         self._before = choice, step.clock.start, 0.0
         return step
 
@@ -101,8 +105,3 @@ def _numbers_and_kinds(reqs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     numbers = np.array([req.kv.req_pool_idx for req in reqs], dtype=np.int64)
     kinds = [int(req.sampling_params.top_k != 1) + 2 * (req.grammar is not None) for req in reqs]
     return numbers, np.array(kinds, dtype=np.int64)
-
-
-def _sort(batch: Any) -> int:
-    """What else the host does for a batch's steps: masks (1), penalties (2)."""
-    return int(batch.has_grammar) + 2 * any(map(penalised, batch.reqs))

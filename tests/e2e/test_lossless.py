@@ -57,10 +57,10 @@ CASES = {
     "chain, alone, paged, no radix": Case(
         "--speculative-num-draft-tokens 7 --speculative-num-steps 7 --speculative-eagle-topk 1 --page-size 16 "
         "--disable-radix-cache",
-        1, short=12, long=2, kind=(None, 7),
+        1, short=8, long=2, kind=(None, 7),
     ),
     "any shape, mixed chunks, three ranks": Case(
-        "--speculative-num-draft-tokens 7 --chunked-prefill-size 256 --enable-mixed-chunk --tp-size 3", 32, short=16,
+        "--speculative-num-draft-tokens 7 --chunked-prefill-size 256 --enable-mixed-chunk --tp-size 3", 32, short=12,
         long=2,
         plant="any shape",
     ),

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from sglang_dflash import embedded
 from sglang_dflash.cli.load import chat_ids
 
-SAMPLES, FEW_SAMPLES, LENGTH = 1600, 1000, 4
+SAMPLES, FEW_SAMPLES, LENGTH = 1200, 1000, 4
 OF_A_BUG = 480  # samples that show it
 AT_ONCE = 40  # samples of one request
 BESIDE = 24  # of either neighbour: both run at once, where 48 requests may
