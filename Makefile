@@ -11,7 +11,7 @@ demo: $(READY)
 
 # Servers have the machine to themselves; of what starts none, two at a time.
 test: $(READY)
-	.venv/bin/python -m pytest --ignore tests/e2e --numprocesses 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --ignore tests/e2e --numprocesses 2
 	.venv/bin/python -m pytest tests/e2e
 
 lint: $(READY)
