@@ -19,17 +19,17 @@ import sglang_dflash
 from sglang_dflash import arguments, plugin
 from sglang_dflash.platforms import cpu
 
-LIMIT = 0.1  # seconds of a processor that this package may take of a start where nobody asks for it
+LIMIT = 0.1  # seconds of a start that this package may take where nobody asks for it
 
 COST = """
 import time
 import sglang.srt.entrypoints.http_server  # what every server imports
-started = time.process_time()
+started = time.perf_counter()
 from sglang_dflash import plugin
 from sglang_dflash.platforms import cpu
 cpu.activate()
 plugin.register()
-print(time.process_time() - started)
+print(time.perf_counter() - started)
 """
 
 LIGHT = """
