@@ -162,7 +162,6 @@ def _take_over() -> None:
     managers = "sglang.srt.managers"
     around = {
         f"{managers}.scheduler.validate_dflash_request": admission.refusal,
-        f"{managers}.scheduler.Scheduler.get_new_batch_prefill": admission.gather,
         f"{managers}.schedule_batch.ScheduleBatch._new_tokens_required_next_decode_spec_v2": carry.new_tokens_required,
         f"{managers}.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._resolve_spec_v2_tokens":
             results.settle_runs,

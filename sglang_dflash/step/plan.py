@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sglang_dflash.budget import Budget, Choice, Gather, Shape
+from sglang_dflash.budget import Budget, Choice, Shape
 from sglang_dflash.metrics import Clock, StepLog, StepMetrics
 from sglang_dflash.options import Options
 from sglang_dflash.step import ranks
@@ -37,7 +37,7 @@ class Planner:
     def __init__(self, options: Options, requests: int, on_gpu: bool, metrics: StepMetrics | None) -> None:
         """requests: the numbers by which SGLang tells running ones apart are below this."""
         self._shapes = options.shapes
-        self.budget, self.gather = Budget(options.shapes, requests), Gather()
+        self.budget = Budget(options.shapes, requests)
         self._log, self._metrics = StepLog(options) if ranks.is_first() else None, metrics
         self._on_gpu = on_gpu
         self._before: tuple[Choice, Any, float] | None = None
@@ -45,7 +45,6 @@ class Planner:
 
     def expect(self, verify: dict[int, dict[int, float]], draft: dict[int, dict[int, float]]) -> None:
         """Seconds of verify and draft passes by width, then by requests, measured before serving."""
-        self.gather.expect(verify)
         for index, shape in enumerate(self._shapes):
             sizes, seconds = np.array(sorted(verify[shape.verified].items())).T
             if shape.nodes:
@@ -54,7 +53,6 @@ class Planner:
 
     def prefill(self, batch: Any) -> None:
         """New requests come in: nothing is known of them, and what this takes is no step's cost."""
-        self.gather.read(len(batch.reqs), batch.extend_num_tokens)
         running = {id(req) for req in batch.decoding_reqs or ()}  # in a mixed batch
         new = [req for req in batch.reqs if id(req) not in running]
         requests, kinds = _numbers_and_kinds(new)

@@ -1,14 +1,12 @@
-"""Requests that are refused before they are queued, those that go on to SGLang's own rule, and prompts that wait."""
+"""Requests that are refused before they are queued, and those that go on to SGLang's own rule."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from sglang.srt.speculative.dflash_utils import validate_dflash_request
 
-from sglang_dflash.step import admission
 from sglang_dflash.step.admission import refusal
 
 
@@ -49,40 +47,3 @@ def test_sglangs_own_rule_is_asked_too() -> None:
     params = SimpleNamespace(sampling_seed=None)
     req = SimpleNamespace(return_hidden_states=False, return_sampling_mask=False, sampling_params=params)
     assert refusal(lambda req, overlap: f"no, {overlap}", req, True) == "no, True"
-
-
-@pytest.mark.parametrize(
-    ("changed", "asked"),
-    [
-        ({}, (3, 2)),
-        ({"places": 1}, (3, 1)),
-        ({"places": -1}, (3, 0)),
-        ({"tp_size": 2}, None),
-        ({"chunked_req": "a prompt half read"}, None),
-        ({"is_mixed_chunk": True}, None),
-    ],
-)
-@pytest.mark.parametrize("waits", [True, False])
-def test_prompts_wait_as_the_budget_says(changed: dict[str, Any], asked: tuple[int, int] | None, waits: bool) -> None:
-    """Not where ranks could part, a prompt is half read, or prompts share a step's pass."""
-    told: list[tuple[int, int]] = []
-
-    def says(_: float, running: int, there: int) -> bool:
-        told.append((running, there))
-        return waits
-
-    state = {"tp_size": 1, "chunked_req": None, "is_mixed_chunk": False, "places": 9, **changed}
-    running = SimpleNamespace(reqs=[1, 2, 3])
-    scheduler = SimpleNamespace(
-        **state,
-        waiting_queue=[4, 5],
-        get_num_allocatable_reqs=lambda count, running_batch: state["places"],
-        draft_worker=SimpleNamespace(planner=SimpleNamespace(gather=SimpleNamespace(waits=says))),
-    )
-    plan = admission.gather(lambda *_: "SGLang's choice", scheduler, running)
-    assert told == ([] if asked is None else [asked])
-    if asked is not None and waits:
-        assert plan.batch_to_run is None
-        assert plan.running_batch is running
-    else:
-        assert plan == "SGLang's choice"

@@ -33,9 +33,7 @@ def request(number: int, grammar: Any = None, **params: Any) -> Any:
 def batch(*reqs: Any, decoding: list[Any] | None = None, drafting: list[bool] | None = None) -> Any:
     carry = SimpleNamespace(drafting=drafting or [True] * len(reqs))
     has_grammar = any(req.grammar for req in reqs)
-    return SimpleNamespace(
-        reqs=list(reqs), decoding_reqs=decoding, spec_info=carry, has_grammar=has_grammar, extend_num_tokens=9
-    )
+    return SimpleNamespace(reqs=list(reqs), decoding_reqs=decoding, spec_info=carry, has_grammar=has_grammar)
 
 
 @pytest.fixture
