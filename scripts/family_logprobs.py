@@ -2,7 +2,7 @@
 
     python scripts/family_logprobs.py docs/results/gpu/families.json              # all cases of one GPU
     python scripts/family_logprobs.py out.json "gpt-oss" "gpt-oss, no DFLASH"     # some
-    python scripts/family_logprobs.py out.json --together 6                       # no more servers at once
+    python scripts/family_logprobs.py --together 6 out.json                       # no more servers at once
 
 Servers of tiny random targets (tiny_models.py), with heads as SGLang's kernels for a GPU ask for, start all at once.
 Greedy answers to prompts of random words, then to these with their answers, which the prefix cache knows; each text
@@ -62,10 +62,10 @@ CASES: dict[str, tuple[str, bool, list[str]]] = {
     "eight bits, fa3, no DFLASH": ("qwen3", False, FP8_CACHE),
     "eight bits, flashinfer": ("qwen3", True, [*BUDGET, "--page-size", "16", *FLASHINFER, *FP8_CACHE]),
     "eight bits, flashinfer, no DFLASH": ("qwen3", False, [*FLASHINFER, *FP8_CACHE]),
-    "ModelOpt": ("qwen3-modelopt", True, TREE),
-    "ModelOpt, no DFLASH": ("qwen3-modelopt", False, []),
-    "ModelOpt, flashinfer": ("qwen3-modelopt", True, [*BUDGET, *FLASHINFER]),
-    "ModelOpt, flashinfer, no DFLASH": ("qwen3-modelopt", False, FLASHINFER),
+    "ModelOpt": ("llama-modelopt", True, TREE),
+    "ModelOpt, no DFLASH": ("llama-modelopt", False, []),
+    "ModelOpt, flashinfer": ("llama-modelopt", True, [*BUDGET, *FLASHINFER]),
+    "ModelOpt, flashinfer, no DFLASH": ("llama-modelopt", False, FLASHINFER),
     "eight bits of weights": ("qwen3", True, [*TREE, "--quantization", "fp8"]),
     "eight bits of weights, no DFLASH": ("qwen3", False, ["--quantization", "fp8"]),
     "AWQ": ("qwen3-awq", True, TREE),

@@ -7,9 +7,10 @@ of targets is served, with drafts of sliding and full layers. Serve them with --
 three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer). Of
 `qwen3-next`, `qwen3.5` and `qwen3.5-moe` three layers in four are gated delta nets; the second is dense.
 `gpt-oss-mxfp4` is gpt-oss with experts in four bits, as it is published, `qwen3-awq` and `qwen3-gptq` are Qwen3 with
-linear layers in four bits, `qwen3-modelopt` with linear layers in eight and scales for keys and values in eight; no CPU
-serves these. The families with images have a vision tower, positions on three axes, and a processor whose words are t0,
-t1, ...: `qwen3-vl-moe`, and the form that Qwen3.5 is published in, `qwen3.5-vl` and `qwen3.5-moe-vl`.
+linear layers in four bits, `llama-modelopt` is Llama with linear layers in eight and scales for keys and values in
+eight (SGLang reads none for Qwen3); no CPU serves these. The families with images have a vision tower, positions on
+three axes, and a processor whose words are t0, t1, ...: `qwen3-vl-moe`, and the form that Qwen3.5 is published in,
+`qwen3.5-vl` and `qwen3.5-moe-vl`.
 """
 
 from __future__ import annotations
@@ -67,10 +68,10 @@ EXPERTS = {**UNSHARED, "shared_expert_intermediate_size": 64}
 
 class Family(StrEnum):
     LLAMA = "llama"
+    LLAMA_MODELOPT = "llama-modelopt"
     QWEN3 = "qwen3"
     QWEN3_AWQ = "qwen3-awq"
     QWEN3_GPTQ = "qwen3-gptq"
-    QWEN3_MODELOPT = "qwen3-modelopt"
     QWEN3_MOE = "qwen3-moe"
     GPT_OSS = "gpt-oss"
     GPT_OSS_MXFP4 = "gpt-oss-mxfp4"
@@ -108,8 +109,8 @@ def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return in_four_bits(*target(Family.GPT_OSS))
     if family in (Family.QWEN3_AWQ, Family.QWEN3_GPTQ):
         return by_groups(*target(Family.QWEN3), gptq=family == Family.QWEN3_GPTQ)
-    if family == Family.QWEN3_MODELOPT:
-        return in_eight_bits(*target(Family.QWEN3))
+    if family == Family.LLAMA_MODELOPT:
+        return in_eight_bits(*target(Family.LLAMA))
     shape = {**SHAPE, "num_hidden_layers": LAYERS}
     config = {
         Family.LLAMA: lambda: LlamaConfig(**shape),
@@ -161,8 +162,8 @@ def by_groups(
 
 
 def in_eight_bits(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A dense target as ModelOpt writes it: a scale for each linear layer's weights and for what goes into them, and for
-    each layer's keys and values, which the cache holds in eight bits; no two layers' are the same.
+    """A dense target as ModelOpt writes it: scales for a linear layer's weights and for what goes into it, and for each
+    layer's keys and values, which the cache holds in eight bits; no two layers' are the same.
     """
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         layer, weight = name.removesuffix("weight"), tensors[name]

@@ -95,7 +95,7 @@ WINDOWS_AND_SINKS = {Need.WINDOWS: "it slides", Need.SINKS: "it has sinks"}
         ({}, {}, {"needs": NETS_AND_IMAGES}, (9, 0), ""),
         (
             {"attention_backend": "flashinfer"}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (9, 0),
-            "it slides, which window passes of flashinfer do not serve here yet (--attention-backend fa3 or triton does)",
+            "slides, which window passes of flashinfer do not serve here yet (--attention-backend fa3 or triton does)",
         ),
         (
             {"attention_backend": "flashinfer"}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (10, 0),

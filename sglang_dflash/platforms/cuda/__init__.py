@@ -11,8 +11,8 @@ from sglang_dflash.platforms import PLAIN_ATTENTION, Backend, Need, either, othe
 from sglang_dflash.targets import Target
 
 FAST_ATTENTION, FLASHINFER, TRITON, FA4 = "fa3", "flashinfer", "triton", "fa4"
-# What each was seen with on a GPU. FlashInfer has no sliding windows: SGLang's prefill by it leaves the window out where
-# a prompt has no prefix in the cache, and it has no sinks.
+# What each was seen with on a GPU. FlashInfer has no sliding windows, as SGLang's prefill by it leaves the window out
+# where a prompt has no prefix in the cache, and no sinks.
 _EVERYWHERE = frozenset({Need.DELTA_NETS, Need.IMAGES, Need.FP8_CACHE})
 BACKENDS = {
     FAST_ATTENTION: Backend(FAST_ATTENTION, _EVERYWHERE | {Need.WINDOWS, Need.SINKS}, HEAD_SIZES),
