@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import httpx
 import tiny_models
 import torch
 from PIL import Image
@@ -76,6 +77,7 @@ CASES: dict[str, tuple[str, bool, list[str]]] = {
     "gpt-oss, pages": ("gpt-oss", True, [*BUDGET, "--page-size", "16", "--swa-full-tokens-ratio", "0.4"]),
     "gpt-oss, one pool": ("gpt-oss", True, [*TREE, "--disable-hybrid-swa-memory"]),
     "gpt-oss, no DFLASH": ("gpt-oss", False, []),
+    "gpt-oss, eight bits": ("gpt-oss", True, [*TREE, *FP8_CACHE]),
     "gpt-oss, triton": ("gpt-oss", True, [*TREE, *TRITON]),
     "gpt-oss, triton, no DFLASH": ("gpt-oss", False, TRITON),
     "gpt-oss, four bits": ("gpt-oss-mxfp4", True, TREE),
@@ -215,8 +217,8 @@ def main() -> None:
             with running:  # it makes room for another when it has answered
                 try:
                     found[name] = rows(started.ready(Console()), cases[name][0] in tiny_models.WITH_IMAGES)
-                except (ServerError, OSError, RuntimeError) as error:  # told; the others may start and answer
-                    print(error, flush=True)
+                except (ServerError, httpx.HTTPError) as error:  # told; the others may start and answer
+                    print(name, str(error) or repr(error), flush=True)
                     continue
             print(name, summary(found[name]), flush=True)
             asks.out.write_text(json.dumps({**about, "cases": found}, indent=1) + "\n")
