@@ -22,9 +22,8 @@ __device__ inline uint32_t row_state(int64_t seed, int64_t position) {
 __device__ inline float whole_rest_of(uint32_t state, int token) {
   uint32_t h = mixed(state, static_cast<uint32_t>(token)) ^ 16u;
   h = (h ^ h >> 16) * 0x85ebca6bu;
-  h = (h ^ h >> 13) * 0xc2b2ae35u;
-  h ^= h >> 16;
-  return static_cast<float>(~h);
+  h = (h ^ h >> 13) * -0xc2b2ae35u - 1u;  // ~x is -x - 1
+  return static_cast<float>(h ^ h >> 16 ^ 0xffffu);  // the complement of the hash
 }
 
 // 1 - u in (0, 1): exact where u is near 1 and the noise is high.
@@ -43,11 +42,11 @@ __device__ inline float rough_gumbel(float rest) {
   return -__logf(rest < 1.f / 256.f ? __fmul_rn(rest, __fmaf_rn(0.5f, rest, 1.f)) : -__logf(1.f - rest));
 }
 
-// No less than the noise times log2(e), and little more where it is high: noise is below -log(rest), and a float's bits
-// below its logarithm. Without that of 2^-32 and the exponent's bias, which are kMostBias.
-constexpr float kMostBias = 32.f + 127.f;
+// No less than the noise, and little more where it is high: noise is below -log(rest), and a float's bits are below its
+// logarithm. In units of log(2) / 2^23, without what the exponent's bias and rest's unit add.
+constexpr float kNoiseUnits = 1.44269504f * 8388608.f, kNoiseBias = (127.f + 32.f) * 8388608.f;
 __device__ inline float most_gumbel(uint32_t state, int token) {
-  return static_cast<float>(__float_as_uint(whole_rest_of(state, token))) * -(1.f / 8388608.f);
+  return -static_cast<float>(__float_as_uint(whole_rest_of(state, token)));
 }
 
 }  // namespace dflash

@@ -14,7 +14,6 @@ constexpr int kSampleThreads = 256;
 constexpr int kFilterThreads = 1024;  // few rows have filters, and each look waits for the one before
 constexpr int kKept = 8;              // tokens in question that a thread remembers
 constexpr int kAhead = 2;             // vectors that a thread waits for together
-constexpr float kLog2E = 1.44269504f;
 
 struct Settings {
   const int64_t *positions, *seeds;
@@ -144,18 +143,18 @@ __global__ void sample_part_kernel(const T* logits, int64_t stride, int vocab, S
   const int vectors = (vocab + kVector - 1) / kVector, per_part = (vectors + parts - 1) / parts * kVector;
   const T* line = logits + row * stride;
   const Row how(settings, row);
-  const float to_bits = how.inverse * kLog2E;
+  const float to_units = how.inverse * kNoiseUnits;
   Found mine{Best::none(), -INFINITY, 0.f};
   each_vector(line, part * per_part, min((part + 1) * per_part, vocab), [&](const T(&values)[kVector], int first) {
     const float low = bound;
     // The margin is more than all that rounds; it is finite, so that what is infinite is no NaN.
-    const float least = (low - kRough - fminf(fabsf(low), 1e30f) * 1e-6f) * kLog2E - kMostBias;
+    const float least = (low - kRough - fminf(fabsf(low), 1e30f) * 1e-6f) * kNoiseUnits - kNoiseBias;
     bool any = how.greedy;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const float logit = to_float(values[i]);
       mine.high = fmaxf(mine.high, logit);
-      any |= logit * to_bits + most_gumbel(how.state, first + i) >= least;
+      any |= logit * to_units + most_gumbel(how.state, first + i) >= least;
     }
     if (!any) return;
 #pragma unroll 1
