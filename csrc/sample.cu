@@ -125,7 +125,8 @@ __device__ void each_vector(const T* line, int begin, int end, Visit visit) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int at = first + i * step;
-      if (aligned && at + kVector <= end) *reinterpret_cast<uint4*>(values[i]) = *reinterpret_cast<const uint4*>(line + at);
+      auto* whole = reinterpret_cast<uint4*>(values[i]);
+      if (aligned && at + kVector <= end) *whole = *reinterpret_cast<const uint4*>(line + at);
       else for (int j = 0; j < kVector; ++j) values[i][j] = at + j < end ? line[at + j] : from_float<T>(-INFINITY);
     }
 #pragma unroll
@@ -134,7 +135,7 @@ __device__ void each_vector(const T* line, int begin, int end, Visit visit) {
 }
 
 template <typename T>
-__global__ void sample_part_kernel(const T* logits, int64_t stride, int vocab, Settings settings, Found* sums) {
+__global__ void sample_part_kernel(const T* logits, int64_t stride, int vocab, Settings settings, Found* found) {
   constexpr int kVector = 16 / sizeof(T);
   __shared__ volatile float bound;
   if (threadIdx.x == 0) bound = -INFINITY;
@@ -161,7 +162,7 @@ __global__ void sample_part_kernel(const T* logits, int64_t stride, int vocab, S
     for (int at = first; at < min(first + kVector, vocab); ++at) mine.best.try_token(how, to_float(line[at]), at, &bound);
   });
   mine = block_found(mine);
-  if (threadIdx.x == 0) sums[row * parts + part] = mine;
+  if (threadIdx.x == 0) found[row * parts + part] = mine;
 }
 
 // A thread's share of a row's tokens that are in question: those more probable than the last one tried.
@@ -220,8 +221,8 @@ struct Share {
 
 template <typename T>
 __global__ void __launch_bounds__(kFilterThreads)
-    filter_kernel(const T* logits, int64_t stride, int vocab, Settings settings, const Found* sums, int parts, bool filtered,
-                  int64_t* out) {
+    filter_kernel(const T* logits, int64_t stride, int vocab, Settings settings, const Found* found, int parts,
+                  bool filtered, int64_t* out) {
   DFLASH_DYNAMIC_SHARED(memory);
   __shared__ volatile float bound;
   const int row = blockIdx.x, request = row / settings.w;
@@ -229,7 +230,7 @@ __global__ void __launch_bounds__(kFilterThreads)
   const Row how(settings, row);
   Found whole{Best::none(), -INFINITY, 0.f};
   for (int i = threadIdx.x; i < parts; i += blockDim.x) {
-    const Found part = sums[row * parts + i];
+    const Found part = found[row * parts + i];
     whole.best.take(part.best.score, part.best.token);
     whole.high = fmaxf(whole.high, part.high);
   }
@@ -245,8 +246,8 @@ __global__ void __launch_bounds__(kFilterThreads)
     const float of_best = to_float(line[best.token]);
     const Look look = share.look(of_best, whole.high, how.inverse);
     if (total < 0.f) total = look.all;  // the first look is at the whole row
-    tried = look.count == 0.f || (look.count < top_k && (!by_p || look.above < top_p * total) &&
-                                  (min_p <= 0.f || of_best / how.temperature >= whole.high / how.temperature + logf(min_p)));
+    const bool unlikely = of_best / how.temperature < whole.high / how.temperature + logf(min_p);  // none for 0: -inf
+    tried = look.count == 0.f || (look.count < top_k && (!by_p || look.above < top_p * total) && !unlikely);
     if (!tried) best = share.best(how, &bound);
   }
   if (threadIdx.x == 0) out[row] = best.token < vocab ? best.token : 0;
@@ -257,13 +258,13 @@ void run_sample(TensorView logits, const Settings& settings, bool filtered, Tens
   const int64_t rows = logits.size(0), vocab = logits.size(1), stride = logits.stride(0), parts = scratch.size(1);
   TVM_FFI_ICHECK(logits.stride(1) == 1) << "logits are not rows";
   static_assert(sizeof(Found) == 16);
-  auto* sums = reinterpret_cast<Found*>(data<int64_t>(scratch, "scratch", {rows, parts, 2}));
+  auto* found = reinterpret_cast<Found*>(data<int64_t>(scratch, "scratch", {rows, parts, 2}));
   const auto* line = static_cast<const T*>(logits.data_ptr());
   const cudaStream_t stream = stream_of(logits);
   const size_t kept = sizeof(typename Share<T>::Token) * kKept * kFilterThreads;
-  launch(sample_part_kernel<T>, dim3(parts, rows), kSampleThreads, 0, stream, line, stride, vocab, settings, sums);
-  launch(filter_kernel<T>, dim3(rows), filtered ? kFilterThreads : kWarp, filtered ? kept : 0, stream, line, stride, vocab,
-         settings, sums, parts, filtered, data<int64_t>(out, "out", {rows}));
+  launch(sample_part_kernel<T>, dim3(parts, rows), kSampleThreads, 0, stream, line, stride, vocab, settings, found);
+  launch(filter_kernel<T>, dim3(rows), filtered ? kFilterThreads : kWarp, filtered ? kept : 0, stream, line, stride,
+         vocab, settings, found, parts, filtered, data<int64_t>(out, "out", {rows}));
 }
 
 void sample(TensorView logits, TensorView positions, TensorView seeds, TensorView temperatures, TensorView top_ks,

@@ -180,7 +180,7 @@ def test_sample(dtype: torch.dtype, bs: int, w: int, vocab: int) -> None:
     agree("sample", logits, positions, seeds, torch.rand(bs) + 0.5, top_ks, none * 0.9, none * 0.02, True)
 
 
-@pytest.mark.parametrize("spread", [0.3, 2.0])  # many tokens are tried in turn, and threads have more or fewer in question
+@pytest.mark.parametrize("spread", [0.3, 2.0])  # many are tried in turn; threads have more or fewer in question
 def test_sample_where_few_of_many_are_kept(spread: float) -> None:
     logits, ones = torch.randn(6, 12_000) * spread, torch.ones(3)
     settings = torch.randint(1 << 20, (6,)), torch.randint(1 << 62, (3,)), torch.tensor([0.4, 1.0, 1.7])
@@ -206,6 +206,8 @@ def test_sample_leaves_out_no_token_near_another_or_at_a_border() -> None:
     kept = torch.full((1,), 1 << 30, dtype=torch.int32), torch.ones(1), torch.zeros(1)
     for dtype in ROUNDING:
         assert torch.equal(compiled.sample(logits.to(dtype), *settings, *kept, False), at)
+
+
 def emitted_of(requests: int, vocab: int) -> Emitted:
     """Every third request has no penalties; of the others each has emitted few tokens or many, some of which end it."""
     emitted = Emitted.none(requests, vocab, torch.get_default_device())
