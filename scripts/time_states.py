@@ -190,7 +190,9 @@ class Server:
 
 
 def arguments(folder: Path, name: str, own: list[str]) -> list[str]:
-    speculative = ["--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", str(folder / "draft")]
+    # With metrics, as without them nobody asks when a step's parts end.
+    drafts = ["--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", str(folder / "draft")]
+    speculative = ["--enable-metrics", *drafts]
     requests = max(AT_ONCE)
     return [
         "--model-path", str(folder / "target"), "--load-format", "dummy", "--skip-tokenizer-init",

@@ -20,8 +20,8 @@ from sglang_dflash.kernels.attention import rounded
 
 WORTH = 256  # keys that a program is started for
 MOST_SPLITS = 16
-MOST_PROGRAMS = 4  # that a multiprocessor runs side by side: of narrow tiles, of wide ones keys are split for one
-WARPS, STAGES = 4, 3  # of a program, and tiles of keys on their way; the fastest of those timed on an H100
+PROGRAMS = {16: 4, 32: 2, 64: 1}  # by a tile's rows: that a multiprocessor runs side by side
+WARPS = 4  # of a program; as all of this the fastest of those timed on an H200
 
 
 def tree_attention(
@@ -48,10 +48,12 @@ def tree_attention(
     if scaled := key_cache.dtype != k.dtype:
         # Not in the kernel: tiles that it rounds itself and then multiplies come out wrong on Hopper GPUs.
         k, v = rounded(k, k_scale, key_cache), rounded(v, v_scale, value_cache)
-    rows = max(16, min(64, triton.next_power_of_2(w * (heads // kv_heads))))
+    queries, units = w * (heads // kv_heads), multiprocessors(q.device)
+    rows = max(16, min(64, triton.next_power_of_2(queries)))
+    if rows == 64 and bs * triton.cdiv(queries, rows) * kv_heads * MOST_SPLITS <= units:
+        rows = 32  # as many programs as share its keys leave multiprocessors idle: they share its rows too
     keys = 64 if rows > 16 and size <= 128 else 32
-    tiles = triton.cdiv(w * (heads // kv_heads), rows) * kv_heads
-    programs = multiprocessors(q.device) * (MOST_PROGRAMS if rows == 16 else 1)
+    tiles, programs = triton.cdiv(queries, rows) * kv_heads, units * PROGRAMS[rows]
     worth = triton.cdiv(reach + w, WORTH) if reach else MOST_SPLITS  # a reach is all that is ever read
     splits = max(1, min(MOST_SPLITS, programs // (bs * tiles), worth))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -67,7 +69,7 @@ def tree_attention(
         KEYS=keys, WINDOW=max(16, min(keys, triton.next_power_of_2(w))),
         WORTH=WORTH, SPLIT=splits > 1, WRITE=slots is not None, REACH=reach > 0, FIRST=first_keys is not None,
         SINK=sinks is not None, SCALED=scaled, SOFTCAP=softcap,
-        num_warps=WARPS, num_stages=STAGES,
+        num_warps=WARPS, num_stages=stages(q.device),
     )  # fmt: skip
     return out
 
@@ -78,9 +80,17 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def stages(device: torch.device) -> int:
+    """Loads on their way, of pages and then of what they hold: keys come two tiles ahead with five, one with three.
+    Five take 113 kB of a multiprocessor's memory, which not every GPU has.
+    """
+    return 5 if torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160_000 else 3
+
+
+@functools.cache
 def counters(device: torch.device) -> Tensor:
     """Of programs that have ended, by tile; the last one leaves a zero. Tiles are split only where there are few."""
-    return torch.zeros(MOST_PROGRAMS * multiprocessors(device), dtype=torch.int32, device=device)
+    return torch.zeros(max(PROGRAMS.values()) * multiprocessors(device), dtype=torch.int32, device=device)
 
 
 @triton.jit(do_not_specialize=["splits", "reach"])

@@ -80,3 +80,9 @@ def test_a_size_is_what_it_is_called_and_its_draft_is_ours_to_serve(
     script.write_header(tmp_path, draft)
     shapes = tensor_shapes_on_disk(tmp_path)
     assert shapes == expected_shapes(config) and config.served_by(shapes) == ("ours", "")
+
+
+def test_servers_that_draft_keep_when_their_parts_end(script: ModuleType, tmp_path: Path) -> None:
+    """Which they do for their metrics alone."""
+    told = {name: "--enable-metrics" in script.arguments(tmp_path, name, []) for name in script.SERVERS}
+    assert told == {"none": False, "chains": True, "trees": True}

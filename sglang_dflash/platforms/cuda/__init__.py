@@ -12,12 +12,12 @@ from sglang_dflash.targets import Target
 
 FAST_ATTENTION, FLASHINFER, TRITON, FA4 = "fa3", "flashinfer", "triton", "fa4"
 # What each was seen with on a GPU. FlashInfer has no sliding windows, as SGLang's prefill by it leaves the window out
-# where a prompt has no prefix in the cache, and no sinks.
-_COMMON = frozenset({Need.DELTA_NETS, Need.IMAGES, Need.FP8_CACHE})
+# where a prompt has no prefix in the cache, and no sinks; with gated delta nets and images it did not answer there.
+_MOST = frozenset({Need.DELTA_NETS, Need.IMAGES, Need.WINDOWS, Need.SINKS, Need.FP8_CACHE})
 BACKENDS = {
-    FAST_ATTENTION: Backend(FAST_ATTENTION, _COMMON | {Need.WINDOWS, Need.SINKS}, HEAD_SIZES),
-    FLASHINFER: Backend(FLASHINFER, _COMMON, HEAD_SIZES),
-    TRITON: Backend(TRITON, _COMMON | {Need.WINDOWS, Need.SINKS}, HEAD_SIZES),
+    FAST_ATTENTION: Backend(FAST_ATTENTION, _MOST, HEAD_SIZES),
+    FLASHINFER: Backend(FLASHINFER, frozenset({Need.FP8_CACHE}), HEAD_SIZES),
+    TRITON: Backend(TRITON, _MOST, HEAD_SIZES),
     FA4: Backend(FA4, frozenset({Need.DELTA_NETS}), (64, 128)),  # on Blackwell its kernel of size 256 reads no pages
     PLAIN_ATTENTION: Backend(PLAIN_ATTENTION),
 }
