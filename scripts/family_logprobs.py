@@ -2,6 +2,7 @@
 
     python scripts/family_logprobs.py docs/results/gpu/families.json              # all cases of one GPU
     python scripts/family_logprobs.py out.json "gpt-oss" "gpt-oss, no DFLASH"     # some
+    python scripts/family_logprobs.py --together 6 out.json                       # no more servers at once
 
 Servers of tiny random targets (tiny_models.py), with heads as SGLang's kernels for a GPU ask for, start all at once.
 Greedy answers to prompts of random words, then to these with their answers, which the prefix cache knows; each text
@@ -22,6 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import httpx
 import tiny_models
 import torch
 from PIL import Image
@@ -29,7 +31,7 @@ from rich.console import Console
 from schema_lengths import asked
 
 from sglang_dflash.cli.bench import device_name
-from sglang_dflash.cli.server import ServerError, starting
+from sglang_dflash.cli.server import ServerError, Starting, starting
 
 Body = dict[str, Any]
 TOKENS = 40
@@ -44,6 +46,9 @@ STATES = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 
 TREE = ["--speculative-num-draft-tokens", "15", "--speculative-num-steps", "4"]
 BUDGET = ["--speculative-num-draft-tokens", "15"]
+CHAIN = ["--speculative-eagle-topk", "1"]
+FLASHINFER, TRITON = ["--attention-backend", "flashinfer"], ["--attention-backend", "triton"]
+FP8_CACHE = ["--kv-cache-dtype", "fp8_e4m3"]
 STATE_CACHE = [
     "--max-mamba-cache-size", "100", "--mamba-track-interval", "64", "--linear-attn-prefill-backend", "triton",
 ]  # fmt: skip
@@ -51,9 +56,17 @@ STATE_CACHE = [
 CASES: dict[str, tuple[str, bool, list[str]]] = {
     "no nodes": ("qwen3", True, ["--speculative-num-draft-tokens", "0"]),
     "fa4": ("qwen3", True, [*TREE, "--attention-backend", "fa4"]),
-    "triton": ("qwen3", True, [*BUDGET, "--page-size", "16", "--attention-backend", "triton"]),
-    "eight bits": ("qwen3", True, [*TREE, "--attention-backend", "triton", "--kv-cache-dtype", "fp8_e4m3"]),
-    "eight bits, no DFLASH": ("qwen3", False, ["--attention-backend", "triton", "--kv-cache-dtype", "fp8_e4m3"]),
+    "triton": ("qwen3", True, [*BUDGET, "--page-size", "16", *TRITON]),
+    "eight bits": ("qwen3", True, [*TREE, *TRITON, *FP8_CACHE]),
+    "eight bits, no DFLASH": ("qwen3", False, [*TRITON, *FP8_CACHE]),
+    "eight bits, fa3": ("qwen3", True, [*TREE, *FP8_CACHE]),
+    "eight bits, fa3, no DFLASH": ("qwen3", False, FP8_CACHE),
+    "eight bits, flashinfer": ("qwen3", True, [*BUDGET, "--page-size", "16", *FLASHINFER, *FP8_CACHE]),
+    "eight bits, flashinfer, no DFLASH": ("qwen3", False, [*FLASHINFER, *FP8_CACHE]),
+    "ModelOpt": ("llama-modelopt", True, TREE),
+    "ModelOpt, no DFLASH": ("llama-modelopt", False, []),
+    "ModelOpt, flashinfer": ("llama-modelopt", True, [*BUDGET, *FLASHINFER]),
+    "ModelOpt, flashinfer, no DFLASH": ("llama-modelopt", False, FLASHINFER),
     "eight bits of weights": ("qwen3", True, [*TREE, "--quantization", "fp8"]),
     "eight bits of weights, no DFLASH": ("qwen3", False, ["--quantization", "fp8"]),
     "AWQ": ("qwen3-awq", True, TREE),
@@ -64,12 +77,30 @@ CASES: dict[str, tuple[str, bool, list[str]]] = {
     "gpt-oss, pages": ("gpt-oss", True, [*BUDGET, "--page-size", "16", "--swa-full-tokens-ratio", "0.4"]),
     "gpt-oss, one pool": ("gpt-oss", True, [*TREE, "--disable-hybrid-swa-memory"]),
     "gpt-oss, no DFLASH": ("gpt-oss", False, []),
+    "gpt-oss, eight bits": ("gpt-oss", True, [*TREE, *FP8_CACHE]),
+    "gpt-oss, triton": ("gpt-oss", True, [*TREE, *TRITON]),
+    "gpt-oss, triton, no DFLASH": ("gpt-oss", False, TRITON),
     "gpt-oss, four bits": ("gpt-oss-mxfp4", True, TREE),
     "gpt-oss, four bits, no DFLASH": ("gpt-oss-mxfp4", False, []),
     "delta nets, fa4": ("qwen3.5", True, [*TREE, *STATE_CACHE, "--attention-backend", "fa4"]),
     "images": ("qwen3.5-vl", True, [*BUDGET, *STATE_CACHE]),
-    "images, triton": ("qwen3.5-vl", True, [*BUDGET, *STATE_CACHE, "--attention-backend", "triton"]),
+    "images, triton": ("qwen3.5-vl", True, [*BUDGET, *STATE_CACHE, *TRITON]),
     "images, no DFLASH": ("qwen3.5-vl", False, STATE_CACHE),
+    "images, flashinfer, eight bits": ("qwen3.5-vl", True, [*BUDGET, *STATE_CACHE, *FLASHINFER, *FP8_CACHE]),
+    "images, flashinfer, eight bits, no DFLASH": ("qwen3.5-vl", False, [*STATE_CACHE, *FLASHINFER, *FP8_CACHE]),
+    "qwen3, no DFLASH": ("qwen3", False, []),
+    "qwen3.5, no DFLASH": ("qwen3.5", False, STATE_CACHE),
+}
+# Without CUDA graphs; and with them, but without overlap and without a prefix cache.
+WAYS = {
+    "eager": [*TREE, "--disable-cuda-graph"],
+    "in turn": [*CHAIN, "--disable-overlap-schedule", "--disable-radix-cache"],
+}
+CASES |= {
+    f"{family}, {backend}, {way}": (family, True, [*states, *own, "--attention-backend", backend])
+    for family, states in (("qwen3", []), ("qwen3.5", STATE_CACHE))
+    for backend in ("fa3", "flashinfer", "triton")
+    for way, own in WAYS.items()
 }
 # Of two GPUs; asked for by name.
 SHARED = {
@@ -162,6 +193,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     cases = CASES | SHARED
     parser.add_argument("cases", nargs="*", help=f"of: {'; '.join(cases)}")
+    parser.add_argument("--together", type=int, help="the most servers at once; without it, all of them")
     asks = parser.parse_args()
     names = asks.cases or list(CASES)
     if unknown := set(names) - set(cases):
@@ -174,17 +206,20 @@ def main() -> None:
         tiny_models.GPT_OSS.update(WINDOW)
         tiny_models.DELTA_NETS.update(STATES)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        servers = {}
-        for name in names:
-            family, drafts, own = cases[name]
-            server = arguments(*made(family, Path(folder), dtype), dtype, drafts, own)
-            servers[name] = stack.enter_context(starting(name, server))
-        for name, server in servers.items():
-            try:
-                found[name] = rows(server.ready(Console()), cases[name][0] in tiny_models.WITH_IMAGES)
-            except ServerError as error:  # told; the others may start
-                print(error, flush=True)
-                continue
+        servers: dict[str, tuple[ExitStack, Starting]] = {}
+        for done, name in enumerate(names):
+            for other in names[len(servers) : done + (asks.together or len(names))]:
+                family, drafts, own = cases[other]
+                server = arguments(*made(family, Path(folder), dtype), dtype, drafts, own)
+                running = stack.enter_context(ExitStack())
+                servers[other] = running, running.enter_context(starting(other, server))
+            running, started = servers[name]
+            with running:  # it makes room for another when it has answered
+                try:
+                    found[name] = rows(started.ready(Console()), cases[name][0] in tiny_models.WITH_IMAGES)
+                except (ServerError, httpx.HTTPError) as error:  # told; the others may start and answer
+                    print(name, str(error) or repr(error), flush=True)
+                    continue
             print(name, summary(found[name]), flush=True)
             asks.out.write_text(json.dumps({**about, "cases": found}, indent=1) + "\n")
 

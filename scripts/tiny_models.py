@@ -7,9 +7,10 @@ of targets is served, with drafts of sliding and full layers. Serve them with --
 three layers in four have a sliding window, and the fourth no rotary positions (SGLang's Muse Glimmer). Of
 `qwen3-next`, `qwen3.5` and `qwen3.5-moe` three layers in four are gated delta nets; the second is dense.
 `gpt-oss-mxfp4` is gpt-oss with experts in four bits, as it is published, `qwen3-awq` and `qwen3-gptq` are Qwen3 with
-linear layers in four bits; no CPU serves these. The families
-with images have a vision tower, positions on three axes, and a processor whose words are t0, t1, ...: `qwen3-vl-moe`,
-and the form that Qwen3.5 is published in, `qwen3.5-vl` and `qwen3.5-moe-vl`.
+linear layers in four bits, `llama-modelopt` is Llama with linear layers in eight and scales for keys and values in
+eight (SGLang reads none for Qwen3); no CPU serves these. The families with images have a vision tower, positions on
+three axes, and a processor whose words are t0, t1, ...: `qwen3-vl-moe`, and the form that Qwen3.5 is published in,
+`qwen3.5-vl` and `qwen3.5-moe-vl`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from sglang_dflash.draft.config import DraftConfig
 HIDDEN, VOCAB, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INNER, CONTEXT = 256, 96, 4, 4, 2, 64, 256, 2048
 WINDOW, BLOCK, MASK = 16, 8, 0
 GROUP = 128  # rows of a linear layer in four bits that share a scale
+LARGEST_FP8 = 448.0
 SHAPE = {
     "hidden_size": HIDDEN, "vocab_size": VOCAB, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
     "head_dim": HEAD_DIM, "intermediate_size": INNER, "max_position_embeddings": CONTEXT, "bos_token_id": 1,
@@ -66,6 +68,7 @@ EXPERTS = {**UNSHARED, "shared_expert_intermediate_size": 64}
 
 class Family(StrEnum):
     LLAMA = "llama"
+    LLAMA_MODELOPT = "llama-modelopt"
     QWEN3 = "qwen3"
     QWEN3_AWQ = "qwen3-awq"
     QWEN3_GPTQ = "qwen3-gptq"
@@ -106,6 +109,8 @@ def target(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return in_four_bits(*target(Family.GPT_OSS))
     if family in (Family.QWEN3_AWQ, Family.QWEN3_GPTQ):
         return by_groups(*target(Family.QWEN3), gptq=family == Family.QWEN3_GPTQ)
+    if family == Family.LLAMA_MODELOPT:
+        return in_eight_bits(*target(Family.LLAMA))
     shape = {**SHAPE, "num_hidden_layers": LAYERS}
     config = {
         Family.LLAMA: lambda: LlamaConfig(**shape),
@@ -153,6 +158,23 @@ def by_groups(
             tensors[f"{layer}g_idx"] = torch.arange(rows, dtype=torch.int32) // GROUP
     own = {"desc_act": False, "sym": True} if gptq else {"zero_point": True}
     how = {"quant_method": "gptq" if gptq else "awq", "bits": 4, "group_size": GROUP, **own}
+    return {**config, "quantization_config": how}, tensors
+
+
+def in_eight_bits(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A dense target as ModelOpt writes it: scales for a linear layer's weights and for what goes into it, and for each
+    layer's keys and values, which the cache holds in eight bits; no two layers' are the same.
+    """
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        layer, weight = name.removesuffix("weight"), tensors[name]
+        scale = weight.abs().max() / LARGEST_FP8
+        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+        tensors[f"{layer}weight_scale"], tensors[f"{layer}input_scale"] = scale, torch.tensor(16 / LARGEST_FP8)
+    for i in range(LAYERS):
+        for what, most in (("k", 10), ("v", 15)):  # of what a layer keeps; numbers of about 1
+            tensors[f"model.layers.{i}.self_attn.{what}_proj.{what}_scale"] = torch.tensor(most * (i + 1) / LARGEST_FP8)
+    cache = {"type": "float", "num_bits": 8, "dynamic": False}
+    how = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": cache, "ignore": ["lm_head"]}
     return {**config, "quantization_config": how}, tensors
 
 

@@ -300,7 +300,8 @@ def reason(draft: str = str(embedded.DRAFT), target: str = "", **arguments: Any)
         ({"kv_cache_dtype": "fp8_e4m3", "attention_backend": "triton"}, ""),
         ({"attention_backend": "triton"}, ""),
         ({"attention_backend": "flashinfer"}, ""),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3 asks for keys"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, ""),
+        ({"kv_cache_dtype": "fp8_e4m3", "attention_backend": "fa4"}, "--kv-cache-dtype fp8_e4m3 asks for keys"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 is not the draft's"),
         ({"kv_cache_dtype": "bf16"}, ""),
         ({"kv_cache_dtype": "bf16", "dtype": "float16"}, "--kv-cache-dtype bf16 is not the draft's, which is float16"),
@@ -389,6 +390,7 @@ DEEPSEEK = {
 }
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8"}
+PACKED = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}, "ignore": []}
 
 
 @pytest.fixture
@@ -420,16 +422,27 @@ def make_target(tmp_path: Path) -> Callable[..., str]:
         (FALCON, {}, "FalconH1ForCausalLM, has layers that keep a state"),
         (GPT_OSS, {}, ""),
         (MUSE, {}, ""),
-        (GPT_OSS, {"attention_backend": "triton"}, "with a sliding window, which window passes of triton do"),
+        (GPT_OSS, {"attention_backend": "triton"}, ""),
+        (GPT_OSS, {"attention_backend": "flashinfer"}, "with a sliding window, which window passes of flashinfer do"),
         (CHUNKED, {}, "LlamaForCausalLM, has layers of chunked_attention, which"),
         (DEEPSEEK, {}, "DeepseekV2ForCausalLM, has multi-head latent attention"),
         ({"head_dim": 80}, {}, "target's head size 80"),
         ({"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}, {}, ""),
-        ({"quantization_config": {**MODELOPT, "kv_cache_quant_algo": "FP8"}}, {}, "kv_cache_quant_algo FP8"),
+        ({"quantization_config": {**MODELOPT, "kv_cache_quant_algo": "FP8"}}, {}, ""),
+        (
+            {"quantization_config": {**MODELOPT, "kv_cache_quant_algo": "FP8"}}, {"attention_backend": "fa4"},
+            "checkpoint asks for keys and values in eight bits (kv_cache_quant_algo FP8), which window passes of fa4",
+        ),
+        ({"quantization_config": {**MODELOPT, "kv_cache_quant_algo": "NVFP4"}}, {}, "(kv_cache_quant_algo NVFP4)"),
         ({"quantization_config": {**MODELOPT, "kv_cache_quant_algo": "FP8"}}, {"kv_cache_dtype": "bf16"}, ""),
-        ({"beside": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}, {}, "kv_cache_quant_algo FP8"),
+        ({"beside": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}, {}, ""),
         ({"beside": {"quant_algo": "FP8"}}, {}, ""),
-        ({"quantization_config": {**MODELOPT, "kv_cache_scheme": {"num_bits": 8}}}, {}, "kv_cache_scheme"),
+        ({"quantization_config": {**MODELOPT, "kv_cache_scheme": {"num_bits": 8}}}, {}, "KV cache (kv_cache_scheme)"),
+        ({"quantization_config": {**MODELOPT, "kv_cache_scheme": {"type": "float", "num_bits": 8}}}, {}, ""),
+        (
+            {"quantization_config": {**PACKED, "kv_cache_scheme": {"type": "float", "num_bits": 8}}}, {},
+            "asks for a quantised KV cache (kv_cache_scheme FP8)",
+        ),
         ({"quantization_config": MODELOPT, "tensor": "lm_head.weight_scale"}, {}, "(lm_head.weight_scale)"),
         ({"quantization_config": MODELOPT, "tensor": "model.embed_tokens.qweight"}, {}, "(model.embed_tokens.qweight)"),
         ({"quantization_config": MODELOPT, "tensor": "lm_head.weight"}, {}, ""),
@@ -566,6 +579,8 @@ def settle(**arguments: Any) -> Any:
         ({"quantization": "fp8"}, "fa3", "full", "breakable"),
         ({"attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
         ({"kv_cache_dtype": "fp8_e4m3", "attention_backend": "triton"}, "triton", "full", "breakable"),
+        ({"kv_cache_dtype": "fp8_e4m3", "attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "fa3", "full", "breakable"),
         ({"prefill_attention_backend": "flashinfer"}, "flashinfer", "full", "breakable"),
         ({"attention_backend": "triton"}, "triton", "full", "breakable"),
         ({"attention_backend": "fa4"}, "fa4", "full", "breakable"),

@@ -36,7 +36,7 @@ NO_NVCC = (
 )
 BLOCKS = 264  # of a launch that fills a large GPU twice over
 WARPS = 4096  # that keep a large GPU busy where each waits for memory
-SAMPLED_PART = 8192  # of `sample`, as csrc/sample.cu says
+SAMPLED_PART = 2048  # tokens of a row that a block of `sample` looks at, or more
 PENALISED_PART = 4096  # tokens of a request's counts that a block looks at, or more
 PART = 4096, 32_768  # logits of a row that a block looks at: shorter ones do not pay, longer ones fill shared memory
 
@@ -215,9 +215,10 @@ def sample(
     filtered: bool,
 ) -> Tensor:
     rows, vocab = logits.shape
-    scratch = positions.new_empty(rows, -(-vocab // SAMPLED_PART), 2)
+    parts = max(1, min(4 * BLOCKS // rows, vocab // SAMPLED_PART))
+    scratch = positions.new_empty(rows, parts, 2)
     out = positions.new_empty(rows)
-    library().sample(logits, positions, seeds, temperatures, top_ks, top_ps, min_ps, scratch, out)
+    library().sample(logits, positions, seeds, temperatures, top_ks, top_ps, min_ps, filtered, scratch, out)
     return out
 
 

@@ -180,6 +180,34 @@ def test_sample(dtype: torch.dtype, bs: int, w: int, vocab: int) -> None:
     agree("sample", logits, positions, seeds, torch.rand(bs) + 0.5, top_ks, none * 0.9, none * 0.02, True)
 
 
+@pytest.mark.parametrize("spread", [0.3, 2.0])  # many are tried in turn; threads have more or fewer in question
+def test_sample_where_few_of_many_are_kept(spread: float) -> None:
+    logits, ones = torch.randn(6, 12_000) * spread, torch.ones(3)
+    settings = torch.randint(1 << 20, (6,)), torch.randint(1 << 62, (3,)), torch.tensor([0.4, 1.0, 1.7])
+    agree("sample", logits, *settings, torch.tensor([4, 60, 900], dtype=torch.int32), ones, ones * 0, True)
+    any_k = torch.full((3,), 1 << 30, dtype=torch.int32)
+    agree("sample", logits, *settings, any_k, torch.tensor([0.5, 0.2, 0.7]), torch.tensor([0, 0.05, 0]), True)
+
+
+def test_sample_of_scores_almost_equal() -> None:
+    positions, seeds = torch.randint(1 << 20, (4,)), torch.randint(1 << 62, (4,))
+    noise, ones = gumbel(seeds, positions, 5000), torch.ones(4)
+    logits = torch.where(noise > 4, torch.randn(4, 5000) * 0.02 - noise, -100)  # where bounds are the least above it
+    for top_k, filtered in ((1 << 30, False), (200, True)):
+        top_ks = torch.full((4,), top_k, dtype=torch.int32)
+        agree("sample", logits, positions, seeds, ones, top_ks, ones, ones * 0, filtered)
+
+
+def test_sample_leaves_out_no_token_near_another_or_at_a_border() -> None:
+    vocab = 4099  # two parts
+    at = torch.tensor([0, 1, *range(vocab // 2 - 9, vocab // 2 + 9), vocab - 2, vocab - 1])
+    logits = torch.zeros(len(at), vocab).scatter_(1, at[:, None], 60.0)
+    settings = torch.arange(len(at)), torch.arange(1), torch.ones(1)
+    kept = torch.full((1,), 1 << 30, dtype=torch.int32), torch.ones(1), torch.zeros(1)
+    for dtype in ROUNDING:
+        assert torch.equal(compiled.sample(logits.to(dtype), *settings, *kept, False), at)
+
+
 def emitted_of(requests: int, vocab: int) -> Emitted:
     """Every third request has no penalties; of the others each has emitted few tokens or many, some of which end it."""
     emitted = Emitted.none(requests, vocab, torch.get_default_device())

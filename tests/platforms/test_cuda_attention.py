@@ -118,6 +118,16 @@ def test_a_draft_that_reaches_no_further_goes_one_way(backend: Any, monkeypatch:
     assert given[0][-5:] == (96, None, None, 1.0, 1.0)
 
 
+def test_what_is_kept_in_eight_bits_goes_one_way(backend: Any, called: list[tuple[str, Any]]) -> None:
+    """With the scales of its layer, behind any prefix; FlashAttention-3 would round queries too."""
+    backend.kv_cache_dtype = torch.float8_e4m3fn
+    assert backend.ways(WIDE) is None
+    positions, mask = torch.arange(WIDE).repeat(2, 1), torch.ones(2, WIDE, WIDE, dtype=torch.bool)
+    run_layers(backend, positions, mask, SHORT_PREFIX + 1, layer(k_scale_float=0.5, v_scale_float=0.25), layer())
+    assert [(name, given[-2:]) for name, given in called] == [("one", (0.5, 0.25)), ("one", (1.0, 1.0))]
+    assert not backend.scheduled
+
+
 def test_graphs_are_recorded_of_both_ways_where_there_are_two(fa3: ModuleType, backend: Any) -> None:
     for width, variants in ((NARROW, None), (WIDE, fa3.Ways)):
         seen: list[Any] = []

@@ -33,6 +33,9 @@ TARGET = Target(
     full_layers=True,
     unserved="",
 )
+EIGHT_BITS = {Need.FP8_CACHE: "it is in eight bits"}
+NETS_AND_IMAGES = {Need.DELTA_NETS: "it keeps a state", Need.IMAGES: "it reads images"}
+WINDOWS_AND_SINKS = {Need.WINDOWS: "it slides", Need.SINKS: "it has sinks"}
 
 
 @pytest.mark.parametrize(
@@ -88,35 +91,36 @@ TARGET = Target(
         ({"dtype": "float", "attention_backend": "plain_torch"}, {}, {}, (12, 0), ""),
         ({"dtype": "float32", "attention_backend": "fa3"}, {}, {}, (9, 0), "fa3 reads no tree, plain_torch does"),
         ({"speculative_draft_attention_backend": "plain_torch"}, {}, {}, (9, 0), "reads no tree, fa3 does"),
-        ({}, {}, {"needs": {Need.WINDOWS: "it slides", Need.SINKS: "it has sinks"}}, (9, 0), ""),
-        ({}, {}, {"needs": {Need.DELTA_NETS: "it keeps a state", Need.IMAGES: "it reads images"}}, (9, 0), ""),
+        ({}, {}, {"needs": WINDOWS_AND_SINKS}, (9, 0), ""),
+        ({}, {}, {"needs": NETS_AND_IMAGES}, (9, 0), ""),
         (
             {"attention_backend": "flashinfer"}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (9, 0),
-            "it slides, which window passes of flashinfer do not serve here yet (--attention-backend fa3 does)",
+            "slides, which window passes of flashinfer do not serve here yet (--attention-backend fa3 or triton does)",
         ),
         (
-            {"attention_backend": "flashinfer"}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (10, 0),
-            "which window passes of flashinfer do not serve here yet",
+            {"attention_backend": "flashinfer"}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (10, 0),
+            "which window passes of flashinfer do not serve here yet (--attention-backend triton does)",
         ),
+        ({"attention_backend": "triton"}, {}, {"needs": EIGHT_BITS}, (8, 6), "need compute capability 8.9"),
         (
-            {"attention_backend": "triton"}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (8, 6),
-            "need compute capability 8.9",
+            {}, {}, {"needs": EIGHT_BITS}, (8, 9),
+            "beside fa3 need compute capability 9.0 (--attention-backend flashinfer or triton does)",
         ),
+        ({}, {}, {"needs": EIGHT_BITS}, (9, 0), ""),
+        ({"attention_backend": "flashinfer"}, {}, {"needs": EIGHT_BITS}, (8, 9), ""),
+        ({"attention_backend": "triton"}, {}, {"needs": EIGHT_BITS}, (9, 0), ""),
         (
-            {}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0),
-            "it is in eight bits, which window passes of fa3 do not serve here yet (--attention-backend triton does)",
+            {"attention_backend": "fa4"}, {}, {"needs": EIGHT_BITS}, (9, 0),
+            "of fa4 do not serve here yet (--attention-backend fa3, flashinfer or triton does)",
         ),
-        ({"attention_backend": "triton"}, {}, {"needs": {Need.FP8_CACHE: "it is in eight bits"}}, (9, 0), ""),
-        (
-            {"attention_backend": "triton"}, {},
-            {"needs": {Need.DELTA_NETS: "it keeps a state", Need.IMAGES: "it reads images"}}, (12, 0), "",
-        ),
+        ({"attention_backend": "triton"}, {}, {"needs": NETS_AND_IMAGES}, (12, 0), ""),
+        ({"attention_backend": "flashinfer"}, {}, {"needs": NETS_AND_IMAGES | EIGHT_BITS}, (9, 0), ""),
         (
             {"attention_backend": "fa4"}, {}, {"needs": {Need.IMAGES: "it reads images"}}, (9, 0),
-            "window passes of fa4 do not serve here yet (--attention-backend fa3 or triton does)",
+            "window passes of fa4 do not serve here yet (--attention-backend fa3, flashinfer or triton does)",
         ),
         ({"attention_backend": "fa4"}, {}, {"needs": {Need.DELTA_NETS: "it keeps a state"}}, (9, 0), ""),
-        ({"attention_backend": "triton"}, {}, {"needs": {Need.WINDOWS: "it slides"}}, (9, 0), "of triton do not"),
+        ({"attention_backend": "triton"}, {}, {"needs": WINDOWS_AND_SINKS}, (9, 0), ""),
         ({"dtype": "float32"}, {}, {"needs": {Need.SINKS: "it has sinks"}}, (9, 0), "window passes of plain_torch do"),
         ({}, {}, {"head_dim": 80}, (9, 0), "target's head size 80 is not 64, 128 or 256"),
         ({"dtype": "float32"}, {}, {"head_dim": 80}, (9, 0), ""),

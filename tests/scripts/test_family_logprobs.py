@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from loading import ROOT, load
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import ServerArgs
 
 
 @pytest.fixture
@@ -28,3 +32,12 @@ def test_an_answer_stands_beside_the_end_of_the_text_that_was_read_again(script:
     row = script.row({"meta_info": said, "output_ids": [5, 6]}, {"meta_info": read})
     assert row == {"prompt": 3, "cached": 0, "accepted": 0, "mean": 0.125, "largest": 0.25, "ids": [5, 6]}
     assert script.summary([row, {**row, "mean": 0.375, "largest": 0.5}]) == "0.2500 on average, 0.500 at most"
+
+
+def test_cases_give_options_that_sglang_has(script: ModuleType, tmp_path: Path) -> None:
+    load_plugins()
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    ServerArgs.add_cli_args(parser)
+    for family, drafts, own in (script.CASES | script.SHARED).values():
+        parsed = parser.parse_args(script.arguments(tmp_path, tmp_path, "bfloat16", drafts, own))
+        assert family in list(script.tiny_models.Family) and (parsed.speculative_algorithm == "DFLASH") is drafts

@@ -11,13 +11,13 @@ from sglang_dflash.platforms import PLAIN_ATTENTION, Backend, Need, either, othe
 from sglang_dflash.targets import Target
 
 FAST_ATTENTION, FLASHINFER, TRITON, FA4 = "fa3", "flashinfer", "triton", "fa4"
-# What each was seen with on a GPU; eight bits beside FlashInfer are written too.
+# What each was seen with on a GPU. FlashInfer has no sliding windows, as SGLang's prefill by it leaves the window out
+# where a prompt has no prefix in the cache, and no sinks.
+_COMMON = frozenset({Need.DELTA_NETS, Need.IMAGES, Need.FP8_CACHE})
 BACKENDS = {
-    FAST_ATTENTION: Backend(
-        FAST_ATTENTION, frozenset({Need.DELTA_NETS, Need.WINDOWS, Need.SINKS, Need.IMAGES}), HEAD_SIZES
-    ),
-    FLASHINFER: Backend(FLASHINFER, frozenset(), HEAD_SIZES),
-    TRITON: Backend(TRITON, frozenset({Need.FP8_CACHE, Need.DELTA_NETS, Need.IMAGES}), HEAD_SIZES),
+    FAST_ATTENTION: Backend(FAST_ATTENTION, _COMMON | {Need.WINDOWS, Need.SINKS}, HEAD_SIZES),
+    FLASHINFER: Backend(FLASHINFER, _COMMON, HEAD_SIZES),
+    TRITON: Backend(TRITON, _COMMON | {Need.WINDOWS, Need.SINKS}, HEAD_SIZES),
     FA4: Backend(FA4, frozenset({Need.DELTA_NETS}), (64, 128)),  # on Blackwell its kernel of size 256 reads no pages
     PLAIN_ATTENTION: Backend(PLAIN_ATTENTION),
 }
@@ -25,6 +25,7 @@ BACKENDS = {
 FAST_CAPABILITIES = 8, 9
 CAPABILITIES = {FAST_ATTENTION: FAST_CAPABILITIES, FA4: (9, 10)}
 LEAST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)  # of our ops, and with keys and values in eight bits
+FP8_CAPABILITIES = {FAST_ATTENTION: (9, 0)}  # of a backend whose prefills ask for more then
 # Where one op attends to prefix and window, beside FlashAttention-3 (scripts/time_attention.py has found it faster):
 SHORT_PREFIX = 768  # behind prefixes of up to so many tokens, however wide the window is
 NARROW = 16  # and in windows of up to so many rows, tokens times query heads a key, behind any prefix
@@ -84,16 +85,22 @@ def unserved(
         if backend in _MAKERS and other.split()[-1] in _MAKERS:
             return f"{other} is not {backend}, and all passes of target and draft have one attention backend"
         return f"{other} reads no tree, {backend} does"
-    if lacking := next(BACKENDS[backend].lacks(target), ""):
-        able = [name for name in _MAKERS if made_for(name, capability) and not any(BACKENDS[name].lacks(target))]
+    if lacking := next(_lacks(backend, target, capability), ""):
+        able = [name for name in _MAKERS if made_for(name, capability) and not any(_lacks(name, target, capability))]
         return f"{lacking} (--attention-backend {either(able)} does)" if able else lacking
-    if Need.FP8_CACHE in target.needs and capability < FP8_CAPABILITY:
-        return "keys and values in eight bits need compute capability {}.{}".format(*FP8_CAPABILITY)
     if draft.head_dim not in HEAD_SIZES:
         return f"the draft's head size {draft.head_dim} is not {either(HEAD_SIZES)}"
     if arguments.tp_size > 1 and (unseen := next(_unseen_in_shares(backend, target), "")):
         return f"{unseen}, which was not seen on several GPUs (--tp-size {arguments.tp_size})"
     return ""
+
+
+def _lacks(backend: str, target: Target, capability: tuple[int, int]) -> Iterator[str]:
+    """What the target needs and this backend does not do on such a GPU, as parts of a sentence."""
+    yield from BACKENDS[backend].lacks(target)
+    least = FP8_CAPABILITIES.get(backend, FP8_CAPABILITY)
+    if Need.FP8_CACHE in target.needs and capability < least:
+        yield "keys and values in eight bits beside {} need compute capability {}.{}".format(backend, *least)
 
 
 def _unseen_in_shares(backend: str, target: Target) -> Iterator[str]:

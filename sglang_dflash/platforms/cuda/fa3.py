@@ -6,7 +6,8 @@ is. Narrow windows, and all windows behind short prefixes, are attended to by th
 prefix, FlashAttention-3 attends to it, and a second op joins what each token sees of its window.
 
 A draft that sees only the last tokens of its context never meets a long prefix: its passes go to the one op, and so do
-all layers with a sliding window or sinks.
+all layers with a sliding window or sinks. And so does every pass over keys and values in eight bits: FlashAttention-3
+would round its queries to eight bits too.
 
 Which way a pass goes is decided by the longest prefix that the host thinks possible; CUDA graphs are recorded of both.
 """
@@ -52,7 +53,8 @@ class FlashAttentionWindows(WindowAttention, flashattention_backend.FlashAttenti
         return None if self._has_one_way(width) else Ways
 
     def _has_one_way(self, width: int) -> bool:
-        return self.reach > 0 or is_narrow(width, self.num_attention_heads, self.num_kv_heads)
+        in_eight_bits = self.kv_cache_dtype.itemsize == 1
+        return self.reach > 0 or in_eight_bits or is_narrow(width, self.num_attention_heads, self.num_kv_heads)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         if forward_batch.forward_mode.is_target_verify():
