@@ -229,7 +229,8 @@ class DFlashWorker(BaseSpecWorker):
 
     def _verify(self, batch: Any, window: Window, tree: DraftTree) -> tuple[GenerationBatchResult, Tensor]:
         """The target's pass, with logits and features at every node, and the nodes' positions [bs * w]."""
-        positions = window.prefix_lens[:, None] + tree.depths
+        drafted = tree.tokens.shape[1] > 1
+        positions = window.prefix_lens[:, None] + tree.depths if drafted else window.block_positions
         spec_info = window_input(tree.tokens, positions, tree.mask, CaptureHiddenMode.FULL)
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = spec_info.draft_token

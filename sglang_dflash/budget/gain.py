@@ -64,8 +64,9 @@ class Gain:
         if not len(requests):
             return
         seen = self.accepted(shape, nodes, lens)
-        for kind in np.unique(kinds):
-            mean = seen[kinds == kind].mean(0)
+        of_kinds = [(kind, kinds == kind) for kind in set(kinds.tolist())]
+        for kind, these in of_kinds:
+            mean = seen[these].mean(0)
             self._this[kind, 1 : shape + 1] += RATIOS * (mean[1:] - self._this[kind, 1 : shape + 1])
             self._smaller[kind, 1 : shape + 1] += RATIOS * (mean[:-1] - self._smaller[kind, 1 : shape + 1])
         more = self._this[kinds, shape + 1 :] / np.maximum(self._smaller[kinds, shape + 1 :], 1e-6)
@@ -73,7 +74,7 @@ class Gain:
         rate = np.minimum(1 - np.exp(-(self._idle[requests] + 1) / MEMORY), BOLD)[:, None]
         self._mean[requests] += rate * (whole - self._mean[requests])
         self._idle[requests] = 0
-        for kind in np.unique(kinds):
-            of_kind = whole[kinds == kind]
+        for kind, these in of_kinds:
+            of_kind = whole[these]
             rate_of_all = min(1 - (1 - SERVER) ** len(of_kind), BOLD)
             self._usual[kind] += rate_of_all * (of_kind.mean(0) - self._usual[kind])

@@ -44,8 +44,8 @@ class Carry(DFlashDraftInputV2):
         if not reqs:
             return
         batch.maybe_evict_swa()
-        held = [req.kv.kv_allocated_len for req in reqs]
-        ends, scarce = _slots_after(batch, reqs)
+        held, committed = _lengths(reqs)
+        ends, scarce = _slots_after(batch, reqs, held, committed)
         self.drafting = [not (scarce or depends_on_history(req)) for req in reqs]
         most = [_most_tokens(req) if drafts else 0 for req, drafts in zip(reqs, self.drafting, strict=True)]
         on_host = torch.empty(3, len(reqs), dtype=torch.int64, pin_memory=str(batch.device).startswith("cuda"))
@@ -53,7 +53,7 @@ class Carry(DFlashDraftInputV2):
         on_device = on_host.to(batch.device, non_blocking=True)
         self.bounds = on_device[1:]
         self.nxt_kv_lens_cpu = on_host[1]
-        self.nxt_kv_lens_sum = sum(ends)
+        self.nxt_kv_lens_sum = int(ends.sum())
         alloc_for_spec_decode(
             batch.tree_cache,
             batch.req_to_token_pool,
@@ -63,38 +63,45 @@ class Carry(DFlashDraftInputV2):
             cur_kv_lens_cpu=on_host[0],
             nxt_kv_lens=on_device[1],
             nxt_kv_lens_cpu=on_host[1],
-            num_needed_tokens=sum(ends) - sum(held),
+            num_needed_tokens=int((ends - held).sum()),
             batch=batch,
         )
         for req in reqs:
             req.decode_batch_idx += 1
-        committed = [req.kv.kv_committed_len for req in reqs]
-        batch.seq_lens_cpu = torch.from_numpy(np.array(committed))  # what overlap knows better replaces it
-        batch.seq_lens_sum = sum(committed)
+        batch.seq_lens_cpu = torch.from_numpy(committed)  # what overlap knows better replaces it
+        batch.seq_lens_sum = int(committed.sum())
 
 
 def new_tokens_required(original: Any, batch: Any, requests: Sequence[Any], page_size: int) -> int:
     """Around SGLang's count of the slots that the next step of these requests takes from the pool."""
-    wanted = [_least(requests[0], page_size)] if len(requests) == 1 else _wanted(batch, requests)
-    held = [_pages(req.kv.kv_allocated_len, page_size) for req in requests]
-    return sum(_pages(end, page_size) for end in wanted) - sum(held)
+    held, committed = _lengths(requests)
+    wanted = _least(requests[0], page_size) if len(requests) == 1 else _wanted(batch, held, committed)
+    return int((_pages(wanted, page_size) - _pages(held, page_size)).sum())
 
 
-def _slots_after(batch: Any, reqs: Sequence[Any]) -> tuple[list[int], bool]:
+def _lengths(reqs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Slots that requests hold, and tokens that the host knows to be committed, [bs] int64."""
+    kvs = [req.kv for req in reqs]
+    lengths = [kv.kv_allocated_len for kv in kvs], [kv.kv_committed_len for kv in kvs]
+    held, committed = np.array(lengths, dtype=np.int64)
+    return held, committed
+
+
+def _slots_after(batch: Any, reqs: Sequence[Any], held: np.ndarray, committed: np.ndarray) -> tuple[np.ndarray, bool]:
     """How many slots each request holds once its next step is prepared; and whether they are scarce.
 
     The last request in a full pool gets what it may ever need, where a window that has no room is walked at its root.
     If even that is not there (the pool of sliding layers gets slots back on the way), it goes on as in plain decoding.
     """
-    wanted = _wanted(batch, reqs)
+    wanted = _wanted(batch, held, committed)
     if len(reqs) > 1:
         return wanted, False
-    page_size, held = batch.token_to_kv_pool_allocator.page_size, reqs[0].kv.kv_allocated_len
+    page_size = batch.token_to_kv_pool_allocator.page_size
     there = _pages(held, page_size) + _room(batch)
-    for end in (wanted[0], max(held, _pages(_most_tokens(reqs[0]), page_size))):
+    for end in (wanted, np.maximum(held, _pages(_most_tokens(reqs[0]), page_size))):
         if _pages(end, page_size) <= there:
-            return [end], False
-    return [_least(reqs[0], page_size)], True
+            return end, False
+    return np.array([_least(reqs[0], page_size)]), True
 
 
 def _room(batch: Any) -> int:
@@ -106,7 +113,7 @@ def _room(batch: Any) -> int:
     return int(min(full, allocator.swa_available_size() + cache.swa_evictable_size()))
 
 
-def _wanted(batch: Any, reqs: Sequence[Any]) -> list[int]:
+def _wanted(batch: Any, held: np.ndarray, committed: np.ndarray) -> np.ndarray:
     """Of each request, a window behind the committed prefix, one more for the step whose result the host has not seen,
     and a slot for the root behind both.
 
@@ -116,10 +123,7 @@ def _wanted(batch: Any, reqs: Sequence[Any]) -> list[int]:
     page_size = batch.token_to_kv_pool_allocator.page_size
     room = batch.req_to_token_pool.req_to_token.shape[1] // page_size * page_size
     ahead = 2 * int(get_spec().speculative_num_draft_tokens) + 1
-    kvs = [req.kv for req in reqs]
-    return [
-        max(kv.kv_allocated_len, min(_pages(kv.kv_committed_len + ahead, page_size), room)) for kv in kvs
-    ]
+    return np.maximum(held, np.minimum(_pages(committed + ahead, page_size), room))
 
 
 def _least(req: Any, page_size: int) -> int:
@@ -135,6 +139,6 @@ def _most_tokens(req: Any) -> int:
     return len(req.origin_input_ids) + int(req.sampling_params.max_new_tokens)
 
 
-def _pages(tokens: int, page_size: int) -> int:
+def _pages(tokens: Any, page_size: int) -> Any:
     """Slots of the whole pages that hold so many tokens."""
-    return -(-tokens // page_size) * page_size
+    return tokens if page_size == 1 else -(-tokens // page_size) * page_size

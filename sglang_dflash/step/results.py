@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,8 @@ def settle_runs(
         0 if req.finished() or req.is_retracted else max(1, emitted(req, run[:length] if kept is None else kept))
         for req, run, length, kept in zip(batch.reqs, tokens, result.accept_lens.tolist(), taken, strict=True)
     ]
-    result.grammar_retained_tokens = [kept and kept[:length] for kept, length in zip(taken, lens, strict=True)]
+    if result.grammar_retained_tokens is not None:
+        result.grammar_retained_tokens = [kept and kept[:length] for kept, length in zip(taken, lens, strict=True)]
     result.accept_lens = torch.tensor(lens, dtype=torch.int32)
     result.learn(result.nodes, result.accept_lens, batch.reqs)
     result.live = sum(length > 0 for length in lens)
@@ -91,8 +93,11 @@ def emitted(req: Any, run: list[int]) -> int:
 
 def stop_ids(req: Any) -> set[int]:
     """Tokens at which the request may end."""
-    tokenizer = req.tokenizer
-    ids = {*(req.sampling_params.stop_token_ids or ()), *(req.eos_token_ids or ())}
-    if tokenizer is not None:
-        ids |= {tokenizer.eos_token_id, *(getattr(tokenizer, "additional_stop_token_ids", None) or ())}
-    return ids
+    return {*(req.sampling_params.stop_token_ids or ()), *(req.eos_token_ids or ()), *_ends_of(req.tokenizer)}
+
+
+@functools.cache  # a tokenizer looks its own up anew each time, as long as all else here takes
+def _ends_of(tokenizer: Any) -> frozenset[int]:
+    if tokenizer is None:
+        return frozenset()
+    return frozenset([tokenizer.eos_token_id, *(getattr(tokenizer, "additional_stop_token_ids", None) or ())])

@@ -51,6 +51,10 @@ class Request(SimpleNamespace):
     __eq__ = object.__eq__
 
 
+class Tokenizer:
+    eos_token_id, additional_stop_token_ids = EOS, None
+
+
 class Batch(SimpleNamespace):
     """SGLang refers to it weakly."""
 
@@ -59,7 +63,7 @@ def request(prompt: int, **params: Any) -> Request:
     none = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
     settings = SimpleNamespace(max_new_tokens=TOKENS, **{**none, "stop_token_ids": None, **params})
     settings.counts_nothing = not any("penalty" in name for name in params)
-    tokenizer = SimpleNamespace(eos_token_id=EOS, additional_stop_token_ids=None)
+    tokenizer = Tokenizer()
     return Request(
         origin_input_ids=[1] * prompt, output_ids=array("q"), true=[], sampling_params=settings, tokenizer=tokenizer,
         eos_token_ids={EOS}, grammar=None, kv=SimpleNamespace(req_pool_idx=None), retracted=0, chunks=0,
