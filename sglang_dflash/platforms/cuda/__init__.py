@@ -12,7 +12,7 @@ from sglang_dflash.targets import Target
 
 FAST_ATTENTION, FLASHINFER, TRITON, FA4 = "fa3", "flashinfer", "triton", "fa4"
 # What each was seen with on a GPU. FlashInfer has no sliding windows, as SGLang's prefill by it leaves the window out
-# where a prompt has no prefix in the cache, and no sinks; with gated delta nets and images it did not answer there.
+# where a prompt has no prefix in the cache, and no sinks; gated delta nets and images were not seen beside it.
 _MOST = frozenset({Need.DELTA_NETS, Need.IMAGES, Need.WINDOWS, Need.SINKS, Need.FP8_CACHE})
 BACKENDS = {
     FAST_ATTENTION: Backend(FAST_ATTENTION, _MOST, HEAD_SIZES),
