@@ -77,10 +77,9 @@ __device__ inline float warp_max(float x) {
 }
 
 // What a part, or a row, comes to.
-struct Found {
+struct alignas(16) Found {
   Best best;
   float high;  // the highest logit
-  float unused;
 };
 
 // All threads' together, for all of them.
@@ -145,7 +144,7 @@ __global__ void sample_part_kernel(const T* logits, int64_t stride, int vocab, S
   const T* line = logits + row * stride;
   const Row how(settings, row);
   const float to_units = how.inverse * kNoiseUnits;
-  Found mine{Best::none(), -INFINITY, 0.f};
+  Found mine{Best::none(), -INFINITY};
   each_vector(line, part * per_part, min((part + 1) * per_part, vocab), [&](const T(&values)[kVector], int first) {
     const float low = bound;
     // The margin is more than all that rounds; it is finite, so that what is infinite is no NaN.
@@ -213,7 +212,7 @@ struct Share {
   __device__ Best best(const Row& how, Bound bound) const {
     if (threadIdx.x == 0) *bound = -INFINITY;
     __syncthreads();
-    Found mine{Best::none(), -INFINITY, 0.f};
+    Found mine{Best::none(), -INFINITY};
     each([&](float logit, int token) { mine.best.try_token(how, logit, token, bound); });
     return block_found(mine).best;
   }
@@ -228,7 +227,7 @@ __global__ void __launch_bounds__(kFilterThreads)
   const int row = blockIdx.x, request = row / settings.w;
   const T* line = logits + row * stride;
   const Row how(settings, row);
-  Found whole{Best::none(), -INFINITY, 0.f};
+  Found whole{Best::none(), -INFINITY};
   for (int i = threadIdx.x; i < parts; i += blockDim.x) {
     const Found part = found[row * parts + i];
     whole.best.take(part.best.score, part.best.token);

@@ -52,6 +52,7 @@ class Target:
         """From SGLang's ModelConfig of it, where it is, and --kv-cache-dtype."""
         dtype = str(model_config.dtype).removeprefix("torch.")
         quantization = _quantization_config(model_config, checkpoint) if model_config.quantization else {}
+        cache = _asked_cache(quantization if kv_cache_dtype == "auto" else {})
         return cls(
             hidden_size=model_config.hidden_size,
             vocab_size=model_config.vocab_size,
@@ -59,29 +60,32 @@ class Target:
             head_dim=model_config.head_dim,
             dtype=dtype,
             quantization=model_config.quantization or "",
-            needs=dict(_needs(model_config, quantization, kv_cache_dtype)),
+            needs=dict(_needs(model_config, cache, kv_cache_dtype)),
             two_pools=model_config.is_hybrid_swa,
             full_layers=model_config.full_attention_layer_ids != [],
-            unserved=next(_unserved(model_config, checkpoint, quantization, kv_cache_dtype, dtype), ""),
+            unserved=next(_unserved(model_config, checkpoint, quantization, cache, kv_cache_dtype, dtype), ""),
         )
 
 
 def _unserved(
-    model_config: Any, checkpoint: Checkpoint, quantization: Mapping[str, Any], kv_cache_dtype: str, dtype: str
+    model_config: Any,
+    checkpoint: Checkpoint,
+    quantization: Mapping[str, Any],
+    cache: tuple[str, str],
+    kv_cache_dtype: str,
+    dtype: str,
 ) -> Iterator[str]:
+    """quantization: what the checkpoint says of it; cache: as in `_asked_cache`, where the user leaves it to that."""
     yield from _unserved_layers(model_config)
     if kv_cache_dtype not in ("auto", FP8) and KV_DTYPES.get(kv_cache_dtype) != dtype:
         yield f"--kv-cache-dtype {kv_cache_dtype} is not the draft's, which is {dtype}"
     if model_config.quantization:
         yield from _unserved_tables(model_config.quantization, quantization, checkpoint.tensor_names())
-    asked = _asked_cache(quantization) if kv_cache_dtype == "auto" else ""
-    if asked and not _asks_for_eight_bits(model_config, asked):
-        yield f"the target's checkpoint asks for a quantised KV cache ({asked})"
+    if cache[0] and not _in_eight_bits(model_config, cache[0]):
+        yield f"the target's checkpoint asks for a quantised KV cache ({cache[1]})"
 
 
-def _needs(
-    model_config: Any, quantization: Mapping[str, Any], kv_cache_dtype: str
-) -> Iterator[tuple[Need, str]]:
+def _needs(model_config: Any, cache: tuple[str, str], kv_cache_dtype: str) -> Iterator[tuple[Need, str]]:
     architecture = model_config.hf_config.architectures[0]
     kinds = set(getattr(model_config.hf_text_config, "layer_types", None) or ())
     if model_config.is_hybrid_swa or "sliding_attention" in kinds:
@@ -97,8 +101,8 @@ def _needs(
         yield Need.OTHER_LAYERS, f"the target, {architecture}, has layers of {other[0]}"
     if kv_cache_dtype == FP8:
         yield Need.FP8_CACHE, f"--kv-cache-dtype {FP8} asks for keys and values in eight bits"
-    elif kv_cache_dtype == "auto" and _asks_for_eight_bits(model_config, asked := _asked_cache(quantization)):
-        yield Need.FP8_CACHE, f"the target's checkpoint asks for keys and values in eight bits ({asked})"
+    elif _in_eight_bits(model_config, cache[0]):
+        yield Need.FP8_CACHE, f"the target's checkpoint asks for keys and values in eight bits ({cache[1]})"
 
 
 def _unserved_layers(model_config: Any) -> Iterator[str]:
@@ -142,15 +146,15 @@ def _unserved_tables(method: str, config: Mapping[str, Any], names: Collection[s
         yield f"the target's embedding or head is quantised ({method})"
 
 
-def _asked_cache(config: Mapping[str, Any]) -> str:
-    """What a checkpoint asks for that its keys and values are kept in, as it says it; empty: the model's own type."""
+def _asked_cache(config: Mapping[str, Any]) -> tuple[str, str]:
+    """The type that a checkpoint asks for of its keys and values, and how it says so; empty: the model's own."""
     if scheme := config.get("kv_cache_scheme"):
         in_eight_bits = isinstance(scheme, dict) and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
-        return "kv_cache_scheme FP8" if in_eight_bits else "kv_cache_scheme"
+        return ("FP8", "kv_cache_scheme FP8") if in_eight_bits else ("a scheme's", "kv_cache_scheme")
     algorithm = config.get("kv_cache_quant_algo")
-    return "" if algorithm in (None, "auto") else f"kv_cache_quant_algo {algorithm}"
+    return ("", "") if algorithm in (None, "auto") else (str(algorithm).upper(), f"kv_cache_quant_algo {algorithm}")
 
 
-def _asks_for_eight_bits(model_config: Any, asked: str) -> bool:
-    """Whether SGLang's "auto" makes the cache of fp8_e4m3, with the checkpoint's scales of each layer."""
-    return str(model_config.quantization).startswith("modelopt") and asked.upper().endswith(" FP8")
+def _in_eight_bits(model_config: Any, cache: str) -> bool:
+    """Whether SGLang's "auto" makes a cache of fp8_e4m3 of this type, with the checkpoint's scales of each layer."""
+    return cache == "FP8" and str(model_config.quantization).startswith("modelopt")
