@@ -31,6 +31,7 @@ NODES_WITH_STATES = 7  # SGLang reserves a state a node for each request: some 5
 MOST_TOKENS = 1024  # of a verify pass: any GPU is short of arithmetic by then, and a wider tree only waits for it
 UNBOUNDED = 1 << 30
 PREFILLED = 16  # prompts that one CUDA graph holds; a batch of more is launched op by op, and long enough not to wait
+LONG_PREFILL = 2048  # tokens of a pass for which a GPU takes longer than its host to launch it op by op
 SGLANGS_REQUESTS = 48  # at once, where SGLang decides for DFLASH
 TOP_K = 16  # candidates a position where the checkpoint names none
 
@@ -307,12 +308,23 @@ def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
     elif backend == cuda.FAST_ATTENTION and _prefills_in_one_launch(server_args):
         requests = graphs.prefill.full_prefill_max_req or PREFILLED
-        graphs = with_phase(graphs, Phase.PREFILL, backend=Backend.FULL, full_prefill_max_req=requests)
+        sizes = _short_prefills(server_args, graphs.prefill.bs)
+        graphs = with_phase(
+            graphs, Phase.PREFILL, backend=Backend.FULL, full_prefill_max_req=requests, bs=sizes, max_bs=max(sizes)
+        )
     # A draft reads the target's features: of its own type, which "auto" would give it, it could not.
     dtype = _target(server_args).dtype if view.dtype == "auto" else view.dtype
     return {
         "attention_backend": backend, "mm_attention_backend": vision, "cuda_graph_config": graphs, "dtype": dtype,
     }  # fmt: skip
+
+
+def _short_prefills(server_args: Any, sizes: list[int]) -> list[int]:
+    """Of the sizes in tokens of prefill graphs, those that are worth their capture, where the user names none."""
+    from sglang.srt.model_executor.cuda_graph_config import Phase
+
+    asked = {(Phase.PREFILL, "bs"), (Phase.PREFILL, "max_bs")} & server_args._cuda_graph_config_locked
+    return sizes if asked else [tokens for tokens in sizes if tokens <= LONG_PREFILL]
 
 
 def _prefills_in_one_launch(server_args: Any) -> bool:

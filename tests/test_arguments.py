@@ -561,6 +561,8 @@ def settle(**arguments: Any) -> Any:
     graphs = resolving_view(args).cuda_graph_config
     if (Phase.PREFILL, "backend") not in args._cuda_graph_config_locked:  # SGLang's choice there
         graphs = with_phase(graphs, Phase.PREFILL, backend="breakable")
+    if graphs.prefill.bs is None:
+        graphs = with_phase(graphs, Phase.PREFILL, bs=[4, 2048, 2304, 8192], max_bs=8192)
     declare_resolution(args, "test", cuda_graph_config=graphs)
     settle_arguments(speculative_hook._resolve_dflash_draft_attention_backend, args)
     return resolving_view(args)
@@ -600,8 +602,13 @@ def test_what_serves_on_cuda(
     graphs = settled.cuda_graph_config
     assert (graphs.decode.backend, graphs.prefill.backend) == (decode, prefill)
     assert graphs.prefill.full_prefill_max_req == (16 if prefill == "full" else None)  # whatever a prefill's chunk is
+    assert graphs.prefill.max_bs == graphs.prefill.bs[-1] == (2048 if prefill == "full" else 8192)
     assert settled.speculative_num_draft_tokens == 32
     assert settled.speculative_draft_kv_cache_dtype == "auto", "else the draft's cache is of its target's type"
+
+
+def test_sizes_of_prefill_graphs_that_the_user_names_are_captured(on_hopper: None) -> None:
+    assert settle(cuda_graph_bs_prefill=[16, 4096]).cuda_graph_config.prefill.bs == [16, 4096]
 
 
 def test_as_many_requests_run_as_there_are_graphs_for_and_each_joins_at_once(on_hopper: None) -> None:
