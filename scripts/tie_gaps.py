@@ -36,12 +36,15 @@ LISTED = 12  # of the widest gaps
 QUANTILES = (0.05, 0.1, 0.2, 0.3, 0.5)
 
 
-def main(out: Annotated[Path, typer.Option(help="A JSON line a way of asking goes there.")]) -> None:
+def main(
+    out: Annotated[Path, typer.Option(help="A JSON line a way of asking goes there.")],
+    backend: Annotated[str, typer.Option(help="Attention backend of all servers.")] = "fa3",
+) -> None:
     """Gaps, in log-probability, at which greedy bfloat16 answers leave plain decoding's."""
     pair = embedded.ensure()
     bodies = lossless.greedy_chats(AutoTokenizer.from_pretrained(pair.target))
     asked = lossless.with_gaps(bodies)
-    console, base = Console(), ["--model-path", str(pair.target), *SERVER.split()]
+    console, base = Console(), ["--model-path", str(pair.target), "--attention-backend", backend, *SERVER.split()]
     with ExitStack() as stack, out.open("w", buffering=1) as file:
 
         def tell(**row: Any) -> None:
