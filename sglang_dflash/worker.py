@@ -205,6 +205,7 @@ class DFlashWorker(BaseSpecWorker):
         if self.keeps_states:
             self._commit_states(batch, walked, tree.tokens.shape[1])
         step.clock.done()
+        self.planner.catch_up()
         return StepResult(
             logits_output=output,
             next_token_ids=walked.tokens.flatten(),

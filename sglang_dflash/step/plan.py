@@ -41,6 +41,8 @@ class Planner:
         self._log, self._metrics = StepLog(options) if ranks.is_first() else None, metrics
         self._on_gpu = on_gpu
         self._before: tuple[Choice, Any, float] | None = None
+        self._in_flight = 0  # steps planned whose results have not come
+        self._results: list[tuple[Step, np.ndarray | None, np.ndarray, list[int]]] = []  # that came, not taken in yet
         self._known: tuple[list[Any], np.ndarray, np.ndarray] = [], *_numbers_and_kinds([])
 
     def expect(self, verify: dict[int, dict[int, float]], draft: dict[int, dict[int, float]]) -> None:
@@ -53,6 +55,7 @@ class Planner:
 
     def prefill(self, batch: Any) -> None:
         """New requests come in: nothing is known of them, and what this takes is no step's cost."""
+        self.catch_up()  # results of others that had the same numbers
         running = {id(req) for req in batch.decoding_reqs or ()}  # in a mixed batch
         new = [req for req in batch.reqs if id(req) not in running]
         requests, kinds = _numbers_and_kinds(new)
@@ -74,6 +77,7 @@ class Planner:
         clock = Clock(self._on_gpu, parts=self._metrics is not None)
         step = Step(choice, self._shapes[shape], some_penalised, clock, self._before)
         self._before = choice, step.clock.start, 0.0
+        self._in_flight += 1
         return step
 
     def checked(self, grammars: Grammars) -> None:
@@ -87,17 +91,32 @@ class Planner:
     def learn(self, step: Step, nodes: Tensor | None, lens: Tensor, reqs: Sequence[Any]) -> None:
         """A step's results have reached the host: nodes [bs, D + 1] walked, None of the smallest shape; lens [bs]
         emitted; reqs: who took it, their outputs still as before.
+
+        They are taken in at once if no other step is in flight. If one is, the GPU waits for the step behind it, and
+        these wait until that is launched.
         """
-        walked, emitted = nodes if nodes is None else nodes.numpy(), lens.numpy()
+        metrics = self._metrics is not None
+        contexts = [len(req.origin_input_ids) + len(req.output_ids) for req in reqs] if metrics else []
+        self._results.append((step, nodes if nodes is None else nodes.numpy(), lens.numpy(), contexts))
+        self._in_flight -= 1
+        if not self._in_flight:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Take in the results that have come: what waits for the host is launched."""
+        for results in self._results:
+            self._take_in(*results)
+        self._results.clear()
+
+    def _take_in(self, step: Step, nodes: np.ndarray | None, lens: np.ndarray, contexts: list[int]) -> None:
         if step.before is not None:
             choice, start, checks = step.before
             self.budget.took(choice, step.clock.since(start), checks)
-        self.budget.learn(step.choice, walked, emitted)
+        self.budget.learn(step.choice, nodes, lens)
         if self._log is not None:
-            self._log.step_done(step.choice, step.clock, emitted)
+            self._log.step_done(step.choice, step.clock, lens)
         if self._metrics is not None:
-            contexts = [len(req.origin_input_ids) + len(req.output_ids) for req in reqs]
-            self._metrics.step_done(step.clock, step.choice.shape, emitted, contexts)
+            self._metrics.step_done(step.clock, step.choice.shape, lens, contexts)
 
 
 def _numbers_and_kinds(reqs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -124,6 +124,31 @@ def test_a_request_that_has_ended_teaches_nothing(planner: Planner, monkeypatch:
     assert learned == [[2]]
 
 
+def test_results_wait_until_the_step_behind_the_one_in_flight_is_launched(planner: Planner) -> None:
+    """The GPU has nothing to do then, if the host is late; and of the last step nothing is left."""
+    known = []
+    planner.budget.learn = lambda choice, nodes, lens: known.append(lens.tolist())  # type: ignore[method-assign]
+    running = batch(request(1))
+    steps = [planner.plan(running), planner.plan(running)]
+    come_to(planner, steps[0], [1])
+    assert known == []
+    steps.append(planner.plan(running))
+    planner.catch_up()
+    assert known == [[1]]
+    come_to(planner, steps[1], [2])
+    come_to(planner, steps[2], [3])
+    assert known == [[1], [2], [3]]
+
+
+def test_results_that_wait_teach_nothing_of_a_new_request(planner: Planner) -> None:
+    usual = planner.budget.gain.expected(np.array([1]))
+    steps = [planner.plan(batch(request(1))) for _ in range(2)]
+    come_to(planner, steps[0], [1])
+    planner.prefill(batch(request(1)))
+    planner.catch_up()
+    assert planner.budget.gain.expected(np.array([1])) == pytest.approx(usual, rel=0.05)
+
+
 def test_the_log_says_what_was_chosen(
     planner: Planner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
