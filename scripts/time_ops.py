@@ -75,6 +75,7 @@ def cases(bs: int) -> list[Case]:
         "sample": (verified, places.flatten(), *of_samples, False),
         "penalise": (verified.view(bs, w, VOCAB), torch.arange(bs), places, emitted, tree, mask),
         "count_emitted": (emitted, torch.arange(bs), tree[:, :m], lens),
+        "assign_slots": (torch.arange(bs), slot_table, prefix, prefix + m, slots[:, :m].flatten()),
         "open_window": (slot_table, torch.arange(bs), prefix, prefix + w, prefix + DEPTH, bonus, 0, w, m),
         "commit_rows": (slots, prefix, nodes, lens, w),
         "move_rows": (target_pools, source, destination, bs),

@@ -184,6 +184,8 @@ def _take_over() -> None:
         around[f"{runners}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture"] = graphs.capture_passes
     for target, hook in around.items():
         HookRegistry.register(target, hook, HookType.AROUND)
+    assign = "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func"
+    HookRegistry.register(assign, carry.assign_slots, HookType.REPLACE)
     HookRegistry.apply_hooks()
 
 

@@ -163,6 +163,10 @@ def walk(
     return nodes, emitted, lens, last
 
 
+def assign_slots(rows: Tensor, slot_table: Tensor, begin: Tensor, end: Tensor, slots: Tensor) -> None:
+    library().assign_slots(rows, slot_table, begin, end, slots)
+
+
 def open_window(
     slot_table: Tensor,
     rows: Tensor,

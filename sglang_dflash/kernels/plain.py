@@ -6,11 +6,12 @@ from sglang_dflash.kernels.attention import tree_attention, window_attention
 from sglang_dflash.kernels.lattice import lattice_logp, selector_logp, topk_lse
 from sglang_dflash.kernels.leads import follow_leads, place_leads
 from sglang_dflash.kernels.penalties import count_emitted, penalise
-from sglang_dflash.kernels.rows import commit_rows, move_rows, open_window, write_context
+from sglang_dflash.kernels.rows import assign_slots, commit_rows, move_rows, open_window, write_context
 from sglang_dflash.kernels.sampling import sample
 from sglang_dflash.kernels.tree import grow, grow_chain, walk
 
 __all__ = [
+    "assign_slots",
     "commit_rows",
     "count_emitted",
     "follow_leads",

@@ -33,6 +33,16 @@ class Pools:
         return cls(tensors, torch.tensor([t.data_ptr() for t in tensors], device=first.device), rows_by_slot)
 
 
+def assign_slots(rows: Tensor, slot_table: Tensor, begin: Tensor, end: Tensor, slots: Tensor) -> None:
+    """Write slots that requests now hold into their rows of the slot table, at [begin, end).
+
+    rows, begin, end [bs] int64; slot_table [requests, columns] int32; slots int64: all requests', one after another.
+    """
+    lens = end - begin
+    columns = torch.arange(len(slots), device=slots.device) + (begin - (lens.cumsum(0) - lens)).repeat_interleave(lens)
+    slot_table[rows.repeat_interleave(lens), columns] = slots.to(slot_table.dtype)
+
+
 def open_window(
     slot_table: Tensor,
     rows: Tensor,

@@ -12,6 +12,7 @@ from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.dflash_info_v2 import DFlashDraftInputV2
 from torch import Tensor
 
+from sglang_dflash import kernels
 from sglang_dflash.step.grammar import depends_on_history
 
 
@@ -70,6 +71,15 @@ class Carry(DFlashDraftInputV2):
             req.decode_batch_idx += 1
         batch.seq_lens_cpu = torch.from_numpy(committed)  # what overlap knows better replaces it
         batch.seq_lens_sum = int(committed.sum())
+
+
+def assign_slots(
+    req_pool_indices: Tensor, req_to_token: Tensor, start: Tensor, end: Tensor, slots: Tensor, requests: int
+) -> None:
+    """In place of SGLang's, which Triton compiles while requests wait: anew for each power of two of them, and for how
+    the arguments lie in memory.
+    """
+    kernels.assign_slots(req_pool_indices, req_to_token, start, end, slots)
 
 
 def new_tokens_required(original: Any, batch: Any, requests: Sequence[Any], page_size: int) -> int:

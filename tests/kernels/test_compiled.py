@@ -331,6 +331,20 @@ def test_walk_and_commit(n: int, d: int, limited: bool) -> None:
         assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.parametrize("bs", [1, 3, 70])
+def test_assign_slots(bs: int) -> None:
+    rows, columns = torch.randperm(bs + 2)[:bs], 300
+    begin = torch.randint(columns - 100, (bs,))
+    end = begin + torch.randint(100, (bs,))
+    end[-1], begin[0], end[0] = begin[-1], columns - 70, columns  # of nothing, and to the end of its row
+    slots = torch.randint(10_000, (int((end - begin).sum()),))
+    got, want = (torch.zeros(bs + 2, columns, dtype=torch.int32) for _ in range(2))
+    compiled.assign_slots(rows, got, begin, end, slots)
+    plain.assign_slots(rows, want, begin, end, slots)
+    assert torch.equal(got, want)
+    assert torch.cat([want[row, a:b] for row, a, b in zip(rows, begin, end, strict=True)]).equal(slots.int())
+
+
 @pytest.mark.parametrize(("bs", "w", "block"), [(1, 1, 1), (3, 64, 16), (70, 3, 3)])
 def test_open_window(bs: int, w: int, block: int) -> None:
     slot_table = torch.randint(10_000, (bs + 2, 300), dtype=torch.int32)

@@ -28,25 +28,6 @@ def _use_all_threads() -> None:
     torch.ones(1 << 20).sum()
 
 
-def assign_slots(
-    req_pool_indices: Tensor,
-    req_to_token: Tensor,
-    start_offset: Tensor,
-    end_offset: Tensor,
-    out_cache_loc: Tensor,
-    batch_size: int,
-) -> None:
-    """Write newly allocated slots into each request's row of the slot table, at [start, end).
-
-    req_pool_indices, start_offset, end_offset [bs]; out_cache_loc: all requests' slots, one after another.
-    """
-    lens = (end_offset - start_offset).to(torch.int64)
-    rows = req_pool_indices.to(torch.int64).repeat_interleave(lens)
-    first = start_offset - (lens.cumsum(0) - lens)
-    columns = torch.arange(rows.numel()) + first.repeat_interleave(lens)
-    req_to_token[rows, columns] = out_cache_loc.to(req_to_token.dtype)
-
-
 def last_slots(req_to_token: Tensor, req_pool_indices: Tensor, lens: Tensor) -> Tensor:
     """The slot of each request's last token [bs], -1 where it has none: a page is filled up from there."""
     last = req_to_token[req_pool_indices, (lens - 1).clamp(min=0)].to(lens.dtype)
@@ -66,7 +47,6 @@ def pin_memory(original: Callable[..., Tensor], tensor: Tensor, *device: Any) ->
 
 
 HOOKS: dict[str, tuple[Callable[..., Any], HookType]] = {
-    "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": (assign_slots, HookType.REPLACE),
     "sglang.srt.mem_cache.allocation.get_last_loc": (last_slots, HookType.REPLACE),
     "sglang.srt.entrypoints.engine._set_envs_and_config": (fork_processes, HookType.AFTER),
     "torch.get_device_module": (device_module, HookType.AROUND),
