@@ -1,6 +1,6 @@
 """Time one layer's attention of a tree pass on this GPU, masked in two ways and not masked at all.
 
-    python scripts/time_attention.py --out docs/results/attention.json
+    python scripts/time_attention.py --out docs/results/gpu/attention_h200.json --page-sizes 1
 
 - plain: FlashAttention-3, causal, no tree: what a chain of the same width and context costs
 - in_one: `tree_attention`

@@ -114,13 +114,10 @@ WINDOWS_AND_SINKS = {Need.WINDOWS: "it slides", Need.SINKS: "it has sinks"}
             "of fa4 do not serve here yet (--attention-backend fa3, flashinfer or triton does)",
         ),
         ({"attention_backend": "triton"}, {}, {"needs": NETS_AND_IMAGES}, (12, 0), ""),
-        (
-            {"attention_backend": "flashinfer"}, {}, {"needs": NETS_AND_IMAGES | EIGHT_BITS}, (9, 0),
-            "window passes of flashinfer do not serve here yet (--attention-backend fa3 or triton does)",
-        ),
+        ({"attention_backend": "flashinfer"}, {}, {"needs": NETS_AND_IMAGES | EIGHT_BITS}, (9, 0), ""),
         (
             {"attention_backend": "fa4"}, {}, {"needs": {Need.IMAGES: "it reads images"}}, (9, 0),
-            "window passes of fa4 do not serve here yet (--attention-backend fa3 or triton does)",
+            "window passes of fa4 do not serve here yet (--attention-backend fa3, flashinfer or triton does)",
         ),
         ({"attention_backend": "fa4"}, {}, {"needs": {Need.DELTA_NETS: "it keeps a state"}}, (9, 0), ""),
         ({"attention_backend": "triton"}, {}, {"needs": WINDOWS_AND_SINKS}, (9, 0), ""),

@@ -12,11 +12,11 @@ from sglang_dflash.targets import Target
 
 FAST_ATTENTION, FLASHINFER, TRITON, FA4 = "fa3", "flashinfer", "triton", "fa4"
 # What each was seen with on a GPU. FlashInfer has no sliding windows, as SGLang's prefill by it leaves the window out
-# where a prompt has no prefix in the cache, and no sinks; gated delta nets and images were not seen beside it.
+# where a prompt has no prefix in the cache, and no sinks.
 _MOST = frozenset({Need.DELTA_NETS, Need.IMAGES, Need.WINDOWS, Need.SINKS, Need.FP8_CACHE})
 BACKENDS = {
     FAST_ATTENTION: Backend(FAST_ATTENTION, _MOST, HEAD_SIZES),
-    FLASHINFER: Backend(FLASHINFER, frozenset({Need.FP8_CACHE}), HEAD_SIZES),
+    FLASHINFER: Backend(FLASHINFER, frozenset({Need.DELTA_NETS, Need.IMAGES, Need.FP8_CACHE}), HEAD_SIZES),
     TRITON: Backend(TRITON, _MOST, HEAD_SIZES),
     FA4: Backend(FA4, frozenset({Need.DELTA_NETS}), (64, 128)),  # on Blackwell its kernel of size 256 reads no pages
     PLAIN_ATTENTION: Backend(PLAIN_ATTENTION),
@@ -27,7 +27,7 @@ CAPABILITIES = {FAST_ATTENTION: FAST_CAPABILITIES, FA4: (9, 10)}
 LEAST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)  # of our ops, and with keys and values in eight bits
 FP8_CAPABILITIES = {FAST_ATTENTION: (9, 0)}  # of a backend whose prefills ask for more then
 # Where one op attends to prefix and window, beside FlashAttention-3 (scripts/time_attention.py has found it faster):
-SHORT_PREFIX = 768  # behind prefixes of up to so many tokens, however wide the window is
+SHORT_PREFIX = 1536  # behind prefixes of up to so many tokens, however wide the window is
 NARROW = 16  # and in windows of up to so many rows, tokens times query heads a key, behind any prefix
 
 
