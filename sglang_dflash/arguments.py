@@ -308,7 +308,7 @@ def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
     elif backend == cuda.FAST_ATTENTION and _prefills_in_one_launch(server_args):
         requests = graphs.prefill.full_prefill_max_req or PREFILLED
-        sizes = _short_prefills(server_args, graphs.prefill.bs)
+        sizes = _prefill_sizes(server_args, graphs.prefill.bs)
         graphs = with_phase(
             graphs, Phase.PREFILL, backend=Backend.FULL, full_prefill_max_req=requests, bs=sizes, max_bs=max(sizes)
         )
@@ -319,12 +319,14 @@ def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _short_prefills(server_args: Any, sizes: list[int]) -> list[int]:
-    """Of the sizes in tokens of prefill graphs, those that are worth their capture, where the user names none."""
+def _prefill_sizes(server_args: Any, sizes: list[int]) -> list[int]:
+    """Tokens of each prefill graph, where the user names none: of SGLang's sizes those that are worth their capture, and
+    one for a lone token, all that is left of a prompt which the cache knows. (SGLang pads to twice the tokens at most.)
+    """
     from sglang.srt.model_executor.cuda_graph_config import Phase
 
     asked = {(Phase.PREFILL, "bs"), (Phase.PREFILL, "max_bs")} & server_args._cuda_graph_config_locked
-    return sizes if asked else [tokens for tokens in sizes if tokens <= LONG_PREFILL]
+    return sizes if asked else sorted({2, *(tokens for tokens in sizes if tokens <= LONG_PREFILL)})
 
 
 def _prefills_in_one_launch(server_args: Any) -> bool:

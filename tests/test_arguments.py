@@ -602,7 +602,8 @@ def test_what_serves_on_cuda(
     graphs = settled.cuda_graph_config
     assert (graphs.decode.backend, graphs.prefill.backend) == (decode, prefill)
     assert graphs.prefill.full_prefill_max_req == (16 if prefill == "full" else None)  # whatever a prefill's chunk is
-    assert graphs.prefill.max_bs == graphs.prefill.bs[-1] == (2048 if prefill == "full" else 8192)
+    assert graphs.prefill.bs == ([2, 4, 2048] if prefill == "full" else [4, 2048, 2304, 8192])
+    assert graphs.prefill.max_bs == graphs.prefill.bs[-1]
     assert settled.speculative_num_draft_tokens == 32
     assert settled.speculative_draft_kv_cache_dtype == "auto", "else the draft's cache is of its target's type"
 
