@@ -320,8 +320,8 @@ def _settled_on_cuda(server_args: Any) -> dict[str, Any]:
 
 
 def _prefill_sizes(server_args: Any, sizes: list[int]) -> list[int]:
-    """Tokens of each prefill graph, where the user names none: of SGLang's sizes those that are worth their capture, and
-    one for a lone token, all that is left of a prompt which the cache knows. (SGLang pads to twice the tokens at most.)
+    """Tokens of each prefill graph, where the user names none: of SGLang's sizes those worth their capture, and one for
+    a lone token, which is left of a prompt that the cache knows. (SGLang pads to twice the tokens at most.)
     """
     from sglang.srt.model_executor.cuda_graph_config import Phase
 
