@@ -181,10 +181,12 @@ def test_masks_that_are_broken_off_leave_the_grammar_where_it_was(case: Case) ->
         grammar.accept_token(text[at])
 
 
+@pytest.mark.parametrize("long", [0.0, 60.0], ids=["side by side", "one by one"])
 @pytest.mark.parametrize(("backend", "case"), [("xgrammar", "json"), ("xgrammar", "thinking")], indirect=True)
-def test_a_batch_s_logits_are_masked_row_by_row(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_s_logits_are_masked_row_by_row(case: Case, long: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two requests with a grammar about one without; the grammars are a token behind until the barrier."""
     monkeypatch.setattr(grammar, "_cores", lambda: BatchGrammarMatcher(4))
+    monkeypatch.setattr(grammar, "LONG", long)
     monkeypatch.setattr(grammar, "_end_of_pass", lambda logits: lambda: False)
     make, text = case
     truth, rng = Truth(make), random.Random(1)
@@ -293,10 +295,10 @@ def check_walks(case: Case, which: list[int], seed: int = 2) -> tuple[int, int]:
             req.grammar.accept_token(each[0])
     fill = grammar._fill
 
-    def counted(grammars: list[Any], masks: Tensor, rows: Any) -> None:
+    def counted(grammars: list[Any], masks: Tensor, rows: Any, long: bool = False) -> bool:
         nonlocal late
         late += len(grammars) if isinstance(rows, range) else 0
-        fill(grammars, masks, rows)
+        return fill(grammars, masks, rows, long)
 
     while any(len(said) < len(whole) for said, whole in zip(texts, plain, strict=True)):
         grown = [
@@ -358,7 +360,7 @@ def test_bugs_of_walks_would_be_seen(bug: str, case: Case) -> None:
     bugs = {
         "a refused choice stands": patch.object(Grammars, "_takes", lambda *args: takes(*args) or True),
         "a neighbour's mask": patch.object(
-            grammar, "_fill", lambda grammars, masks, rows: fill([*grammars[1:], *grammars[:1]], masks, rows)
+            grammar, "_fill", lambda grammars, *args: fill([*grammars[1:], *grammars[:1]], *args)
         ),
         "filters go first": patch.object(grammar, "_tells", lambda req: not req.return_logprob),
         "no step back": patch.object(Grammars, "step_back", lambda grammars: None),
