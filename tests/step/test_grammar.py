@@ -184,24 +184,24 @@ def test_masks_that_are_broken_off_leave_the_grammar_where_it_was(case: Case) ->
 @pytest.mark.parametrize("long", [0.0, 60.0], ids=["side by side", "one by one"])
 @pytest.mark.parametrize(("backend", "case"), [("xgrammar", "json"), ("xgrammar", "thinking")], indirect=True)
 def test_a_batch_s_logits_are_masked_row_by_row(case: Case, long: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two requests with a grammar about one without; the grammars are a token behind until the barrier."""
-    monkeypatch.setattr(grammar, "_cores", lambda: BatchGrammarMatcher(4))
+    """Requests with a grammar about one without; the grammars are a token behind until the barrier."""
     monkeypatch.setattr(grammar, "LONG", long)
+    monkeypatch.setattr(grammar, "_cores", lambda: pytest.fail("threads") if long else BatchGrammarMatcher(4))
     monkeypatch.setattr(grammar, "_end_of_pass", lambda logits: lambda: False)
     make, text = case
     truth, rng = Truth(make), random.Random(1)
-    reqs = [request(each) for each in (make(), None, make())]
-    trees = [random_tree(truth, text, at, rng) for at in (1, 1, len(text) - 1)]
+    reqs = [request(each) for each in (make(), None, make(), make())]
+    trees = [random_tree(truth, text, at, rng) for at in (1, 1, len(text) - 1, 0)]
     tokens, parents = (torch.tensor([tree[i] for tree in trees]) for i in (0, 1))
     tree = DraftTree(tokens, parents, parents, tokens, tokens.float(), 1)
     for token in text[:-2]:
         reqs[2].grammar.accept_token(token)
     grammars = Grammars(SimpleNamespace(reqs=reqs, sampling_info=SimpleNamespace(vocab_size=VOCAB)), tree)
-    logits = torch.ones(3 * WIDTH, VOCAB)
+    logits = torch.ones(len(reqs) * WIDTH, VOCAB)
     grammars.mask_ahead(logits, lambda: [reqs[row].grammar.accept_token(t) for row, t in ((0, text[0]), (2, text[-2]))])
-    rows = logits.view(3, WIDTH, VOCAB)
+    rows = logits.view(len(reqs), WIDTH, VOCAB)
     assert bool((rows[1] == 1).all())
-    for row in (0, 2):
+    for row in (0, 2, 3):
         words = torch.stack([truth.mask(path) for path in trees[row][2]])
         expected = (words[:, :, None] >> torch.arange(32) & 1).view(WIDTH, VOCAB).bool()
         assert torch.equal(rows[row] == 1, expected)
