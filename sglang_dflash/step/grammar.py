@@ -208,8 +208,8 @@ def fill_masks(
 
 
 def _fill(grammars: list[Any], masks: Tensor, rows: Sequence[int], long: bool = False) -> bool:
-    """Fill a row of masks for each grammar. Behind one that takes long those of xgrammar are made side by side on several
-    cores, which start anew each time. long: whether one did before; returned with these.
+    """Fill a row of masks for each grammar. Behind one that takes long those of xgrammar are made side by side on
+    several cores, whose threads start anew each time. long: whether one took long before; returned with these.
     """
     matchers = [grammar.matcher for grammar in grammars if type(grammar) is XGrammarGrammar]
     for place, (grammar, row) in enumerate(zip(grammars, rows, strict=True)):
