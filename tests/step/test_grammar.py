@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -207,6 +208,22 @@ def test_a_batch_s_logits_are_masked_row_by_row(case: Case, long: float, monkeyp
         assert torch.equal(rows[row] == 1, expected)
         assert torch.equal(rows[row] == -torch.inf, ~expected)
     assert not grammars.open
+
+
+def test_a_pause_is_no_long_mask() -> None:
+    def busy(*_: Any) -> None:
+        ends = time.thread_time() + 2 * grammar.LONG
+        while time.thread_time() < ends:
+            pass
+
+    def pauses(*_: Any) -> None:
+        time.sleep(10 * grammar.LONG)
+
+    quick, slow, halting = (SimpleNamespace(fill_vocab_mask=fill) for fill in (lambda *_: None, busy, pauses))
+    mask = torch.zeros(1, 1)
+    assert not grammar._fill([quick, halting, quick], mask, [0, 0, 0])
+    assert grammar._fill([quick, slow, quick], mask, [0, 0, 0])
+    assert grammar._fill([quick], mask, [0], long=True), "it stays so"
 
 
 def comes(make: Callable[[], Any], truth: Truth, path: list[int]) -> bool:
