@@ -4,9 +4,10 @@
 
 Masks: the embedded target's tokenizer; trees along a text that the grammar takes, half of whose nodes are what comes
 next and half other tokens of the text; each request stands elsewhere in it. Beside all requests' masks together (those
-of xgrammar on several cores, where there are more than two) the same made request by request. Penalties: asking
-whether there are any, penalising the logits of the draft and of the tree, and counting what was emitted, all on one
-thread of a CPU; on a GPU each of the last three is a launch, the first of them in the draft's graph.
+of xgrammar that take long on several cores, where there are more than two) the same made request by request.
+Penalties: asking whether there are any, penalising the logits of the draft and of the tree, and counting what was
+emitted, all on one thread of a CPU; on a GPU each of the last three is a launch, the first of them in the draft's
+graph.
 """
 
 from __future__ import annotations

@@ -91,8 +91,9 @@ class Foresight:
         numbers += [n for each in coming for n in (each.before + none)[:places]]
         numbers += [int(each.sure) for each in coming]
         on_gpu = torch.device(device).type == "cuda"
-        host = torch.tensor(numbers, pin_memory=on_gpu).to(device, non_blocking=True)  # in one copy
-        tokens, before, sure = host.split([bs * places, bs * places, bs])
+        host = torch.from_numpy(np.array(numbers))  # of a list torch itself takes three times as long
+        some = (host.pin_memory() if on_gpu else host).to(device, non_blocking=True)  # in one copy
+        tokens, before, sure = some.split([bs * places, bs * places, bs])
         return Leads(tokens.view(bs, places), before.view(bs, places), sure)
 
     def _of(self, req: Any) -> Coming:

@@ -25,6 +25,7 @@ from xgrammar import BatchGrammarMatcher
 
 from sglang_dflash.tree import DraftTree
 
+LONG = 2e-4  # seconds of a mask; most take a tenth, less than it does to start the threads of a round
 MOST_THREADS = 8  # for masks; half the cores, where there are fewer
 
 
@@ -194,25 +195,32 @@ def fill_masks(
         row: (grammar, _visits(grammar, tokens[row], parents[row], words[row]))
         for grammar, row in zip(grammars, rows, strict=True)
     }
+    long = False
     while visits and not over():
         at = {row: node for row, (_, visit) in visits.items() if (node := next(visit, None)) is not None}
         visits = {row: visits[row] for row in at}
         filled = [row * width + node for row, node in at.items()]
-        _fill([grammar for grammar, _ in visits.values()], masks, filled)
+        long = _fill([grammar for grammar, _ in visits.values()], masks, filled, long)
         made.update(filled)
     for _, visit in visits.values():
         visit.close()
     return made, list(visits)
 
 
-def _fill(grammars: list[Any], masks: Tensor, rows: Sequence[int]) -> None:
-    """Fill a row of masks for each grammar; those of xgrammar side by side on several cores."""
+def _fill(grammars: list[Any], masks: Tensor, rows: Sequence[int], long: bool = False) -> bool:
+    """Fill a row of masks for each grammar. Behind one that takes long those of xgrammar are made side by side on
+    several cores, whose threads start anew each time. long: whether one took long before; returned with these.
+    """
     matchers = [grammar.matcher for grammar in grammars if type(grammar) is XGrammarGrammar]
-    if len(matchers) == len(grammars) > 1:
-        _cores().batch_fill_next_token_bitmask(matchers, masks, list(rows))
-        return
-    for grammar, row in zip(grammars, rows, strict=True):
+    before = time.thread_time()  # a busy host's pauses are not the mask's
+    for place, (grammar, row) in enumerate(zip(grammars, rows, strict=True)):
+        if long and len(grammars) == len(matchers) > place + 1:
+            _cores().batch_fill_next_token_bitmask(matchers[place:], masks, list(rows[place:]))
+            break
         grammar.fill_vocab_mask(masks, row)
+        after = time.thread_time()
+        long, before = long or after - before > LONG, after
+    return long
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -181,30 +182,48 @@ def test_masks_that_are_broken_off_leave_the_grammar_where_it_was(case: Case) ->
         grammar.accept_token(text[at])
 
 
+@pytest.mark.parametrize("long", [0.0, 60.0], ids=["side by side", "one by one"])
 @pytest.mark.parametrize(("backend", "case"), [("xgrammar", "json"), ("xgrammar", "thinking")], indirect=True)
-def test_a_batch_s_logits_are_masked_row_by_row(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two requests with a grammar about one without; the grammars are a token behind until the barrier."""
-    monkeypatch.setattr(grammar, "_cores", lambda: BatchGrammarMatcher(4))
+def test_a_batch_s_logits_are_masked_row_by_row(case: Case, long: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests with a grammar about one without; the grammars are a token behind until the barrier."""
+    monkeypatch.setattr(grammar, "LONG", long)
+    monkeypatch.setattr(grammar, "_cores", lambda: pytest.fail("threads") if long else BatchGrammarMatcher(4))
     monkeypatch.setattr(grammar, "_end_of_pass", lambda logits: lambda: False)
     make, text = case
     truth, rng = Truth(make), random.Random(1)
-    reqs = [request(each) for each in (make(), None, make())]
-    trees = [random_tree(truth, text, at, rng) for at in (1, 1, len(text) - 1)]
+    reqs = [request(each) for each in (make(), None, make(), make())]
+    trees = [random_tree(truth, text, at, rng) for at in (1, 1, len(text) - 1, 0)]
     tokens, parents = (torch.tensor([tree[i] for tree in trees]) for i in (0, 1))
     tree = DraftTree(tokens, parents, parents, tokens, tokens.float(), 1)
     for token in text[:-2]:
         reqs[2].grammar.accept_token(token)
     grammars = Grammars(SimpleNamespace(reqs=reqs, sampling_info=SimpleNamespace(vocab_size=VOCAB)), tree)
-    logits = torch.ones(3 * WIDTH, VOCAB)
+    logits = torch.ones(len(reqs) * WIDTH, VOCAB)
     grammars.mask_ahead(logits, lambda: [reqs[row].grammar.accept_token(t) for row, t in ((0, text[0]), (2, text[-2]))])
-    rows = logits.view(3, WIDTH, VOCAB)
+    rows = logits.view(len(reqs), WIDTH, VOCAB)
     assert bool((rows[1] == 1).all())
-    for row in (0, 2):
+    for row in (0, 2, 3):
         words = torch.stack([truth.mask(path) for path in trees[row][2]])
         expected = (words[:, :, None] >> torch.arange(32) & 1).view(WIDTH, VOCAB).bool()
         assert torch.equal(rows[row] == 1, expected)
         assert torch.equal(rows[row] == -torch.inf, ~expected)
     assert not grammars.open
+
+
+def test_a_pause_is_no_long_mask() -> None:
+    def busy(*_: Any) -> None:
+        ends = time.thread_time() + 2 * grammar.LONG
+        while time.thread_time() < ends:
+            pass
+
+    def pauses(*_: Any) -> None:
+        time.sleep(10 * grammar.LONG)
+
+    quick, slow, halting = (SimpleNamespace(fill_vocab_mask=fill) for fill in (lambda *_: None, busy, pauses))
+    mask = torch.zeros(1, 1)
+    assert not grammar._fill([quick, halting, quick], mask, [0, 0, 0])
+    assert grammar._fill([quick, slow, quick], mask, [0, 0, 0])
+    assert grammar._fill([quick], mask, [0], long=True), "it stays so"
 
 
 def comes(make: Callable[[], Any], truth: Truth, path: list[int]) -> bool:
@@ -293,10 +312,10 @@ def check_walks(case: Case, which: list[int], seed: int = 2) -> tuple[int, int]:
             req.grammar.accept_token(each[0])
     fill = grammar._fill
 
-    def counted(grammars: list[Any], masks: Tensor, rows: Any) -> None:
+    def counted(grammars: list[Any], masks: Tensor, rows: Any, long: bool = False) -> bool:
         nonlocal late
         late += len(grammars) if isinstance(rows, range) else 0
-        fill(grammars, masks, rows)
+        return fill(grammars, masks, rows, long)
 
     while any(len(said) < len(whole) for said, whole in zip(texts, plain, strict=True)):
         grown = [
@@ -358,7 +377,7 @@ def test_bugs_of_walks_would_be_seen(bug: str, case: Case) -> None:
     bugs = {
         "a refused choice stands": patch.object(Grammars, "_takes", lambda *args: takes(*args) or True),
         "a neighbour's mask": patch.object(
-            grammar, "_fill", lambda grammars, masks, rows: fill([*grammars[1:], *grammars[:1]], masks, rows)
+            grammar, "_fill", lambda grammars, *args: fill([*grammars[1:], *grammars[:1]], *args)
         ),
         "filters go first": patch.object(grammar, "_tells", lambda req: not req.return_logprob),
         "no step back": patch.object(Grammars, "step_back", lambda grammars: None),
