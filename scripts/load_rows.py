@@ -5,7 +5,7 @@ python -m sglang.benchmark.serving --backend sglang --max-concurrency 16 ... --o
 curl localhost:30000/metrics >> gsm8k.0.ours.16.prom
 python scripts/load_rows.py load.json --device "NVIDIA H100 80GB HBM3" gsm8k.*
 
-A file is named benchmark.temperature.server.jsonl; server is none, own, ours, or a tree of ours fixed by hand, 15:8
+A file is named benchmark.temperature.server.jsonl; server is one of NAMES, or a tree of ours fixed by hand, 15:8
 (words may follow: "15:8 beside FlashInfer"). Each run of the client is a round; rounds of the same benchmark, server,
 temperature and load make one row. Metrics before and after each round (--enable-metrics), the load in their file's
 name, tell what the server chose there and how long its steps took.
@@ -23,7 +23,10 @@ from typing import Annotated, Any
 import typer
 
 VERSIONS = ("sglang", "torch", "flashinfer-python", "sglang-dflash")
-NAMES = {"none": "no speculation", "own": "SGLang's own DFLASH", "ours": "ours", "best": "ours, best fixed tree"}
+NAMES = {
+    "none": "no speculation", "full": "no speculation, prefills in one launch", "own": "SGLang's own DFLASH",
+    "ours": "ours", "best": "ours, best fixed tree", "useless": "ours, a draft of random weights",
+}  # fmt: skip
 CHOSEN = re.compile(r'^sglang:dflash_shape_steps_total\{.*nodes="(\d+)".*\} (\S+)$', re.MULTILINE)
 TAKEN = re.compile(r'^sglang:dflash_step_seconds_total\{.*part="(\w+)".*\} (\S+)$', re.MULTILINE)
 
@@ -161,14 +164,16 @@ def draw(file: Path) -> Path:
             if not loads:
                 continue
             speeds = [median(rows[load]["tok_s"]) / plain[load] for load in loads]
-            axes.plot(loads, speeds, ":" if server == "best" else "-", marker=".", label=NAMES[server])
+            style = {"linestyle": ":" if server == "best" else "-", "color": f"C{list(NAMES).index(server)}"}
+            axes.plot(loads, speeds, marker=".", label=NAMES[server], **style)
         axes.set(title=f"{benchmark}, {_heat(temperature)}", xlabel="requests at once", xscale="log")
         axes.set_xticks(sorted(plain), [str(load) for load in sorted(plain)])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="speed, no speculation being 1", ylim=(0, None))
-    if panels[0].lines:
-        panels[0].legend(fontsize="small")
+    for axes in panels:
+        if axes.lines:
+            axes.legend(fontsize="small")
     figure.suptitle(f"{content['device']}; draft: {content['draft']}", fontsize="medium")
     picture = file.with_suffix(".png")
     figure.savefig(picture, dpi=150)

@@ -38,9 +38,11 @@ def assign_slots(rows: Tensor, slot_table: Tensor, begin: Tensor, end: Tensor, s
 
     rows, begin, end [bs] int64; slot_table [requests, columns] int32; slots int64: all requests', one after another.
     """
-    lens = end - begin
-    columns = torch.arange(len(slots), device=slots.device) + (begin - (lens.cumsum(0) - lens)).repeat_interleave(lens)
-    slot_table[rows.repeat_interleave(lens), columns] = slots.to(slot_table.dtype)
+    ends = (end - begin).cumsum(0)  # of each request's part of slots
+    at = torch.arange(len(slots), device=slots.device)
+    request = torch.searchsorted(ends, at, right=True)
+    columns = end[request] - ends[request] + at
+    slot_table[rows[request], columns] = slots.to(slot_table.dtype)
 
 
 def open_window(
