@@ -17,7 +17,7 @@ from sglang_dflash import embedded
 from sglang_dflash.cli.load import chat_ids
 
 SAMPLES, FEW_SAMPLES, LENGTH = 1200, 1000, 4
-OF_A_BUG = 480  # samples that show it
+OF_NEIGHBOURS = 720  # samples at either temperature
 AT_ONCE = 40  # samples of one request
 BESIDE = 24  # of either neighbour: both run at once, where 48 requests may
 COLD = 0.6  # the temperature of a neighbour
@@ -84,7 +84,7 @@ def test_first_tokens_are_distributed_as_the_target_says(tree: str, prompt: list
 def test_neighbours_of_two_temperatures_are_each_distributed_as_the_target_says(
     tree: str, prompt: list[int], model: Any, exact: Paths
 ) -> None:
-    warm, cold = p_values_of_neighbours(tree, prompt, 720, exact, expected_paths(model, prompt, COLD))
+    warm, cold = p_values_of_neighbours(tree, prompt, exact, expected_paths(model, prompt, COLD))
     assert min(warm, cold) > 0.001, f"p = {warm:.2g}, {cold:.2g}"
 
 
@@ -96,7 +96,7 @@ def test_a_planted_bug_is_seen(bug: str, serve: Serve, prompt: list[int], model:
             assert p < 1e-4, f"p = {p:.2g}"  # the noise that it knows makes a draft nearly right
         else:
             cold = expected_paths(model, prompt, COLD)
-            assert max(p_values_of_neighbours(url, prompt, OF_A_BUG, exact, cold)) < 1e-6
+            assert max(p_values_of_neighbours(url, prompt, exact, cold)) < 1e-6
 
 
 def test_first_tokens_of_a_chain_are_distributed_as_the_target_says(
@@ -106,14 +106,12 @@ def test_first_tokens_of_a_chain_are_distributed_as_the_target_says(
         assert (p := p_value(samples_of(url, prompt, FEW_SAMPLES), exact)) > 0.001, f"p = {p:.2g}"
 
 
-def p_values_of_neighbours(
-    url: str, prompt: list[int], samples: int, warm: Paths, cold: Paths
-) -> tuple[float, float]:
+def p_values_of_neighbours(url: str, prompt: list[int], warm: Paths, cold: Paths) -> tuple[float, float]:
     """Of samples at temperature 1 and of those at COLD that ran beside them."""
     params = {"max_new_tokens": LENGTH, "ignore_eos": True, "n": BESIDE}
     settings = [{"temperature": 1.0, **params}, {"temperature": COLD, "top_k": 1 << 20, **params}]
     bodies = [{"input_ids": prompt, "sampling_params": setting} for setting in settings]
-    many = generate(url, bodies * (samples // BESIDE), 2)  # one of either temperature at a time
+    many = generate(url, bodies * (OF_NEIGHBOURS // BESIDE), 2)  # one of either temperature at a time
     halves = [[answer for answers in many[first::2] for answer in answers] for first in (0, 1)]
     return p_value(halves[0], warm), p_value(halves[1], cold)
 
