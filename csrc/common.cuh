@@ -84,4 +84,23 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// One instruction from compute capability 8.0 on.
+__device__ inline unsigned warp_min(unsigned x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_min_sync(kAll, x);
+#else
+  for (int step = kWarp / 2; step > 0; step /= 2) x = min(x, __shfl_xor_sync(kAll, x, step));
+  return x;
+#endif
+}
+
+__device__ inline int warp_max(int x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(kAll, x);
+#else
+  for (int step = kWarp / 2; step > 0; step /= 2) x = max(x, __shfl_xor_sync(kAll, x, step));
+  return x;
+#endif
+}
+
 }  // namespace dflash

@@ -71,7 +71,7 @@ __global__ void grow_kernel(const int64_t* tokens, const float* logp, const int6
       unsigned best = kNothing;
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) best = min(best, nodes[s].offer);
-      best = __reduce_min_sync(kAll, best);
+      best = warp_min(best);
       // Of equal offers the shallower wins, then the lower parent.
       unsigned code = kNothing;
       int rank = 0;
@@ -82,7 +82,7 @@ __global__ void grow_kernel(const int64_t* tokens, const float* logp, const int6
         code = better ? own : code, rank = better ? nodes[s].offer_rank : rank;
       }
       unsigned who = __ballot_sync(kAll, code != kNothing);
-      if (who & (who - 1)) who = __ballot_sync(kAll, code == __reduce_min_sync(kAll, code));
+      if (who & (who - 1)) who = __ballot_sync(kAll, code == warp_min(code));
       const unsigned won = __shfl_sync(kAll, code << 8 | rank, __ffs(who) - 1);
       const int parent = won >> 8 & 0xff, level = (won >> 16) + 1, taken = won & 0xff;
       const int row = (level * kp + (kp > 1 ? taken : 0)) * k;  // of its children

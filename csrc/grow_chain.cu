@@ -16,7 +16,7 @@ __global__ void grow_chain_kernel(const int64_t* tokens, const float* logp, cons
     // Costs are non-negative floats, which order as their bits do; past the candidates nothing is cheaper.
     const unsigned cost =
         lane < k ? __float_as_uint(0.f - logp[(position * kp + (kp > 1 ? rank : 0)) * k + lane]) : kAll;
-    const unsigned best = __reduce_min_sync(kAll, cost);
+    const unsigned best = warp_min(cost);
     rank = __ffs(__ballot_sync(kAll, cost == best)) - 1;
     total -= __uint_as_float(best);
     if (lane == 0) out_tokens[out + depth + 1] = tokens[position * k + rank], out_logp[out + depth + 1] = total;

@@ -28,7 +28,7 @@ __global__ void walk_kernel(const int64_t* tokens, const int64_t* parents, const
     int child = 0;  // the root is no node's child
     for (int i = lane; i < w; i += kWarp)
       if (i > 0 && parent[i] == node && token[i] == sample[node]) child = i;
-    child = __reduce_max_sync(kAll, child);
+    child = warp_max(child);
     if (child == 0) break;
     node = child;
   }

@@ -29,7 +29,7 @@ __all__ = ["tree_attention"]  # and every other op of `plain`, below
 
 PACKAGE = Path(__file__).parents[1]
 NAME = "sglang_dflash_ops"
-ARCHITECTURES = "8.0 8.9 9.0 10.0 12.0"  # compute capabilities that a library compiled ahead holds
+ARCHITECTURES = "7.5 8.0 8.9 9.0 10.0 12.0"  # compute capabilities that a library compiled ahead holds
 NO_NVCC = (
     "there is no nvcc (CUDA_HOME, PATH, /usr/local/cuda): install CUDA's toolkit or set CUDA_HOME, "
     "or install a wheel that holds them compiled (`make ops` on another machine, then build it)"

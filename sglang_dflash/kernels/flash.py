@@ -22,6 +22,9 @@ WORTH = 256  # keys that a program is started for
 MOST_SPLITS = 16
 PROGRAMS = {16: 4, 32: 2, 64: 1}  # by a tile's rows: that a multiprocessor runs side by side
 WARPS = 4  # of a program; as all of this the fastest of those timed on an H200
+# Bytes of shared memory with which five loads are on their way, of pages and then of what they hold, so that keys come
+# two tiles ahead, in place of three, one ahead; and with which heads of 256 have tiles of 64 rows.
+DEEP, ROOMY = 160_000, 98_304
 
 
 def tree_attention(
@@ -49,7 +52,8 @@ def tree_attention(
         # Not in the kernel: tiles that it rounds itself and then multiplies come out wrong on Hopper GPUs.
         k, v = rounded(k, k_scale, key_cache), rounded(v, v_scale, value_cache)
     queries, units = w * (heads // kv_heads), multiprocessors(q.device)
-    rows = max(16, min(64, triton.next_power_of_2(queries)))
+    room = shared_memory(q.device)
+    rows = max(16, min(64 if size <= 128 or room >= ROOMY else 32, triton.next_power_of_2(queries)))
     if rows == 64 and bs * triton.cdiv(queries, rows) * kv_heads * MOST_SPLITS <= units:
         rows = 32  # as many programs as share its keys leave multiprocessors idle: they share its rows too
     keys = 64 if rows > 16 and size <= 128 else 32
@@ -69,7 +73,7 @@ def tree_attention(
         KEYS=keys, WINDOW=max(16, min(keys, triton.next_power_of_2(w))),
         WORTH=WORTH, SPLIT=splits > 1, WRITE=slots is not None, REACH=reach > 0, FIRST=first_keys is not None,
         SINK=sinks is not None, SCALED=scaled, SOFTCAP=softcap,
-        num_warps=WARPS, num_stages=stages(q.device),
+        num_warps=WARPS, num_stages=5 if room >= DEEP else 3,
     )  # fmt: skip
     return out
 
@@ -80,11 +84,9 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def stages(device: torch.device) -> int:
-    """Loads on their way, of pages and then of what they hold: keys come two tiles ahead with five, one with three.
-    Five take 113 kB of a multiprocessor's memory, which not every GPU has.
-    """
-    return 5 if torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160_000 else 3
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have at most."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @functools.cache

@@ -135,20 +135,6 @@ inline unsigned __ballot_sync(unsigned, bool mine) {
   for (int i = 0; i < 32; ++i) votes |= static_cast<unsigned>(all[i]) << i;
   return votes;
 }
-template <typename T>
-T __reduce_min_sync(unsigned, T mine) {
-  T all[32];
-  on_cpu::exchange(mine, all);
-  for (T x : all) mine = x < mine ? x : mine;
-  return mine;
-}
-template <typename T>
-T __reduce_max_sync(unsigned, T mine) {
-  T all[32];
-  on_cpu::exchange(mine, all);
-  for (T x : all) mine = x > mine ? x : mine;
-  return mine;
-}
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }

@@ -24,7 +24,7 @@ BACKENDS = {
 # First numbers of the compute capabilities that a backend is made for; the others are for any.
 FAST_CAPABILITIES = 8, 9
 CAPABILITIES = {FAST_ATTENTION: FAST_CAPABILITIES, FA4: (9, 10)}
-LEAST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)  # of our ops, and with keys and values in eight bits
+LEAST_CAPABILITY, FP8_CAPABILITY = (7, 5), (8, 9)  # of our ops, and with keys and values in eight bits
 FP8_CAPABILITIES = {FAST_ATTENTION: (9, 0)}  # of a backend whose prefills ask for more then
 # Where one op attends to prefix and window, beside FlashAttention-3 (scripts/time_attention.py has found it faster):
 SHORT_PREFIX = 1536  # behind prefixes of up to so many tokens, however wide the window is
