@@ -9,7 +9,7 @@ __global__ void assign_slots_kernel(const int64_t* rows, int32_t* slot_table, co
   const int request = blockIdx.x;
   int64_t before = 0;  // slots of the requests ahead
   for (int i = threadIdx.x; i < request; i += kWarp) before += end[i] - begin[i];
-  for (int other = kWarp / 2; other > 0; other /= 2) before += __shfl_xor_sync(kAll, before, other);
+  before = warp_sum(before);
   int32_t* row = slot_table + rows[request] * columns;
   const int64_t first = begin[request], count = end[request] - first;
   for (int64_t i = threadIdx.x; i < count; i += kWarp) row[first + i] = static_cast<int32_t>(slots[before + i]);

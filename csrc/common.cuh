@@ -79,28 +79,33 @@ template <> __device__ inline float from_float(float x) { return x; }
 template <> __device__ inline __half from_float(float x) { return __float2half_rn(x); }
 template <> __device__ inline __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
 
-__device__ inline float warp_sum(float x) {
-  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAll, x, step);
+// All lanes' values joined, for all lanes.
+template <typename T, typename Join>
+__device__ inline T over_warp(T x, Join join) {
+  for (int step = kWarp / 2; step > 0; step /= 2) x = join(x, __shfl_xor_sync(kAll, x, step));
   return x;
 }
 
-// One instruction from compute capability 8.0 on.
-__device__ inline unsigned warp_min(unsigned x) {
+template <typename T>
+__device__ inline T warp_sum(T x) {
+  return over_warp(x, [](T a, T b) { return a + b; });
+}
+
+__device__ inline float warp_max(float x) {
+  return over_warp(x, [](float a, float b) { return fmaxf(a, b); });
+}
+
+// Of integers one instruction, from compute capability 8.0 on.
 #if __CUDA_ARCH__ >= 800
-  return __reduce_min_sync(kAll, x);
+__device__ inline int warp_max(int x) { return __reduce_max_sync(kAll, x); }
+__device__ inline unsigned warp_min(unsigned x) { return __reduce_min_sync(kAll, x); }
 #else
-  for (int step = kWarp / 2; step > 0; step /= 2) x = min(x, __shfl_xor_sync(kAll, x, step));
-  return x;
-#endif
-}
-
 __device__ inline int warp_max(int x) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(kAll, x);
-#else
-  for (int step = kWarp / 2; step > 0; step /= 2) x = max(x, __shfl_xor_sync(kAll, x, step));
-  return x;
-#endif
+  return over_warp(x, [](int a, int b) { return max(a, b); });
 }
+__device__ inline unsigned warp_min(unsigned x) {
+  return over_warp(x, [](unsigned a, unsigned b) { return min(a, b); });
+}
+#endif
 
 }  // namespace dflash

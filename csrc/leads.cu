@@ -56,8 +56,7 @@ __global__ void follow_kernel(const float* logp, const int64_t* tokens, Leads le
   const float given = logp[(static_cast<int64_t>(position) * kp + (kp > 1 ? p : 0)) * k + c];
   float mine_logp = never ? -INFINITY : fmaxf(given, odds.least);
   if (depth == 0 ? sure[request] != 0 : __ballot_sync(kAll, follows) != 0) {
-    float max = enters ? mine_logp : -INFINITY;
-    for (int step = kWarp / 2; step > 0; step /= 2) max = fmaxf(max, __shfl_xor_sync(kAll, max, step));
+    const float max = warp_max(enters ? mine_logp : -INFINITY);
     const float sum = warp_sum(enters ? expf(mine_logp - max) : 0.f);
     mine_logp = enters ? mine_logp - max - logf(sum) + odds.sure : mine_logp + odds.unsure;
   }

@@ -71,11 +71,6 @@ __device__ inline Best best_of_warp(Best mine) {
   return mine;
 }
 
-__device__ inline float warp_max(float x) {
-  for (int step = kWarp / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
-  return x;
-}
-
 // What a part, or a row, comes to.
 struct alignas(16) Found {
   Best best;

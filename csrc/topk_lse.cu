@@ -40,7 +40,7 @@ __device__ inline Lse join(Lse a, Lse b) {
 }
 
 __device__ inline float block_max(float mine, float* of_warp) {
-  for (int step = kWarp / 2; step > 0; step /= 2) mine = fmaxf(mine, __shfl_xor_sync(kAll, mine, step));
+  mine = warp_max(mine);
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = mine;
   __syncthreads();
   for (int i = 0; i < kThreads / kWarp; ++i) mine = fmaxf(mine, of_warp[i]);
