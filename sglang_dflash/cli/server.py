@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,6 +23,9 @@ from rich.console import Console
 START_LIMIT = 900.0  # seconds until a server must answer; a large model loads for minutes
 STOP_LIMIT = 15.0
 LOG_TAIL = 30  # lines shown of a server that failed
+# Below what Linux (from 32768) and SGLang (from 22000) give to whoever asks for any port: a server binds its own only
+# once its model is loaded, and one that finds it taken then waits 12 minutes for itself before it ends.
+PORTS = range(10_000, 22_000)
 
 
 class ServerError(RuntimeError):
@@ -102,9 +106,11 @@ def quiet() -> Iterator[None]:
 
 
 def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)):  # nobody listens there
+                return port
+    raise ServerError(f"every port from {PORTS.start} to {PORTS.stop - 1} is in use: end what listens there")
 
 
 def _local(port: int) -> str:

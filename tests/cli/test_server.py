@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -110,3 +111,15 @@ def test_a_killed_client_takes_its_server_along(tmp_path: Path) -> None:
     assert process.wait(30) == 128 + signal.SIGTERM
     time.sleep(0.5)
     assert all(gone(pid) for pid in running)
+
+
+def test_a_port_is_free_and_nobody_is_given_it_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_by_chance = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(server._free_port() < given_by_chance for _ in range(100))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(server, "PORTS", range(port, port + 1))
+        with pytest.raises(server.ServerError, match=f"from {port} to {port} is in use"):
+            server._free_port()
