@@ -12,8 +12,8 @@ from sglang_dflash.budget.gain import Gain
 from sglang_dflash.budget.shape import Shape
 
 PROBES = 0.005  # most of the time that may go to steps of other shapes than the best
-# A shape is tried no more often than every so many steps: a larger one or one whose cost is a guess, and a smaller one,
-# whose cost alone may have changed.
+# A shape is tried no more often than every so many steps: a larger one or one whose cost is a guess, every 16. Of a
+# smaller one the cost alone may have changed: the less a step of it is thought to lose, the sooner it is tried.
 RARE = 16, 1000
 SAVED = 2.0  # most that is saved for probes, in costs of the best step: after a long quiet time they come singly
 
@@ -59,21 +59,22 @@ class Budget:
         self._saved = min(self._saved + PROBES * seconds[shape], SAVED * seconds[shape])
         if drafting.any():
             guessed = self.cost.guessed(bs, sort)
-            unknown = (self._places > shape) | guessed
-            due = allowed & (self._unseen >= np.where(unknown, *RARE))
-            shape = self._probe(shape, due, guessed, rates, seconds)
+            lost = seconds * (1 - rates / rates[shape])
+            known = (self._places < shape) & ~guessed
+            pause = np.where(known, np.clip(RARE[1] * lost / seconds[shape], *RARE), RARE[0])
+            due = allowed & (self._unseen >= pause)
+            shape = self._probe(shape, due, guessed, lost, seconds[shape])
         self._unseen += 1
         self._unseen[shape] = 0
         return Choice(shape, requests, kinds, drafting, sort, float(tokens[shape]))
 
-    def _probe(
-        self, best: int, due: np.ndarray, guessed: np.ndarray, rates: np.ndarray, seconds: np.ndarray
-    ) -> int:
-        """Another shape, of those that were long not seen, where what was saved pays for what it loses. Nothing else is
-        paid for while the cost of one is a guess: that one may be the dearest, and the best.
+    def _probe(self, best: int, due: np.ndarray, guessed: np.ndarray, lost: np.ndarray, seconds: float) -> int:
+        """Another shape, of those that were long not seen, where what was saved pays for the seconds that it loses.
+        Nothing else is paid for while the cost of one is a guess: that one may be the dearest, and the best.
+
+        seconds: of a step of the best.
         """
-        lost = seconds * (1 - rates / rates[best])
-        first = due & guessed & (lost <= SAVED * seconds[best])
+        first = due & guessed & (lost <= SAVED * seconds)
         due = (first if first.any() else due) & (lost <= self._saved)
         if not due.any():
             return best

@@ -67,6 +67,19 @@ def test_one_shape_that_looked_twice_as_dear_is_found_out(bs: int, dear: int) ->
     assert tokens / seconds > 0.95 * world.best(bs, 10_000)[1]
 
 
+@pytest.mark.parametrize(("bs", "likely"), [(64, 0.25), (64, 0.65), (128, 0.65)])
+def test_what_was_learned_wrongly_is_found_out(bs: int, likely: float) -> None:
+    """As where others were at work on the GPU while steps of the best shape were taken, plain decoding among them."""
+    world, budget = World(likely), told(Budget(SHAPES, 512))
+    world.run(budget, bs, 300)
+    best, rate = world.best(bs, 10_000)
+    for _ in range(50):
+        budget.cost.took(bs, best, 1.3 * world.seconds(bs, SHAPES[best]))
+    world.run(budget, bs, 1000)
+    tokens, seconds, _ = world.run(budget, bs, 300)
+    assert tokens / seconds > 0.97 * rate
+
+
 @pytest.mark.parametrize("likely", [0.3, 0.5, 0.65])
 @pytest.mark.parametrize("bs", [16, 64])
 def test_a_host_that_does_not_keep_up_is_no_reason_against_wider_trees(bs: int, likely: float) -> None:
