@@ -26,10 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from sglang_dflash.arguments import LADDER, MOST_TOKENS, UNBOUNDED
+from sglang_dflash.arguments import LADDER, most_requests
 from sglang_dflash.budget import Budget, Choice, Shape
 
-SHAPES = [Shape(n, d, d + 1 if n else 1, MOST_TOKENS // (n + 1) if n else UNBOUNDED) for n, d in LADDER]
+RECORDED = 31  # nodes of a trace's trees
+SHAPES = [Shape(n, d, d + 1 if n else 1, most_requests(n)) for n, d in LADDER if n <= RECORDED]
 SETTLING = 100  # tokens of each request before a world is looked at
 HICCUP = 0.03  # standard deviation of a step's seconds, as a share
 DAY = ((1, "gsm8k 0"), (64, "gsm8k 0"), (4, "chat 1"), (256, "code 0"), (1, "gsm8k 1"))

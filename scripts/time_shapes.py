@@ -97,8 +97,9 @@ def main() -> None:
                     tokens = args.steps * len(LADDER) * BRINGS
                     load.ask(url, prompts[:at_once], max_tokens=tokens, temperature=temperature,
                              concurrency=at_once, stream_interval=tokens)  # fmt: skip
-                    rows += _rows(file, at_once, temperature, [nodes for nodes, _ in LADDER])
-                    print(*rows[-len(LADDER) :], sep="\n", flush=True)
+                    found = _rows(file, at_once, temperature, [nodes for nodes, _ in LADDER])
+                    print(*found, sep="\n", flush=True)
+                    rows += found
     clock = "one thread's processor seconds" if args.processor else "seconds"
     args.out.write_text(json.dumps({"device": device_name(), "clock": clock, "steps": rows}, indent=1) + "\n")
 

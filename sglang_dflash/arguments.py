@@ -25,10 +25,13 @@ from sglang_dflash.targets import Target
 logger = logging.getLogger(__name__)
 
 # Trees by nodes and depth, from which a step takes what pays at its load; measured on H100s (docs/gpu.md).
-LADDER = ((0, 0), (2, 2), (4, 4), (7, 7), (15, 10), (31, 15))
-DEFAULT_NODES = 31
+LADDER = ((0, 0), (2, 2), (4, 4), (7, 7), (15, 10), (31, 15), (63, 15))
+DEFAULT_NODES = 63
+FEWER_NODES = 31  # on a CPU, where each token costs; beside a pool of sliding layers, which SGLang sizes by them
 NODES_WITH_STATES = 7  # SGLang reserves a state a node for each request: some 50 MB in a target of 9B parameters
 MOST_TOKENS = 1024  # of a verify pass: any GPU is short of arithmetic by then, and a wider tree only waits for it
+# Trees of more nodes pay while a GPU waits for nothing but its weights: up to passes of so many tokens, about.
+WIDE, FEW_TOKENS = 32, 128
 UNBOUNDED = 1 << 30
 PREFILLED = 16  # prompts that one CUDA graph holds; a batch of more is launched op by op, and long enough not to wait
 LONG_PREFILL = 2048  # tokens of a pass for which a GPU takes longer than its host to launch it op by op
@@ -81,8 +84,7 @@ def options_of(server_args: Any) -> Options:
         raise ValueError(f"--speculative-num-draft-tokens must be 0 (plain decoding) or more, got {nodes}")
     top_k = min(draft.selector_top_k or TOP_K, draft.vocab_size)
     longest = depth or draft.max_depth
-    most = NODES_WITH_STATES if Need.DELTA_NETS in _target(server_args).needs else DEFAULT_NODES
-    bound = nodes if nodes is not None else longest if chain else min(most, _paths(top_k, longest))
+    bound = nodes if nodes is not None else longest if chain else min(_default(server_args), _paths(top_k, longest))
     _check_bounds(bound, min(bound, longest), top_k, chain)
     fixed = nodes == 0 or None not in (nodes, depth)
     trees = {bound: min(bound, longest)} if fixed else _trees(bound, longest, top_k, chain)
@@ -93,6 +95,16 @@ def options_of(server_args: Any) -> Options:
     return Options(
         draft, tuple(shapes), chain, top_k, window, _draft_checkpoint(server_args).beside(MASK_EMBEDDING)
     )
+
+
+def _default(server_args: Any) -> int:
+    """Nodes of the largest tree where the user does not say."""
+    from sglang.srt.platforms import current_platform
+
+    target = _target(server_args)
+    if Need.DELTA_NETS in target.needs:
+        return NODES_WITH_STATES
+    return FEWER_NODES if target.two_pools or current_platform.device_type == "cpu" else DEFAULT_NODES
 
 
 def _trees(bound: int, longest: int, top_k: int, chain: bool) -> dict[int, int]:
@@ -110,7 +122,14 @@ def usual_depth(nodes: int, longest: int) -> int:
 
 def _shape(nodes: int, depth: int, draft: DraftConfig, fixed: bool) -> Shape:
     block = 1 if nodes == 0 else depth + 1 if draft.causal else draft.block_size
-    return Shape(nodes, depth, block, UNBOUNDED if fixed or nodes == 0 else MOST_TOKENS // (nodes + 1))
+    return Shape(nodes, depth, block, UNBOUNDED if fixed else most_requests(nodes))
+
+
+def most_requests(nodes: int) -> int:
+    """Requests of a batch for which trees of so many nodes may pay."""
+    if nodes == 0:
+        return UNBOUNDED
+    return max(1, (MOST_TOKENS if nodes < WIDE else FEW_TOKENS) // (nodes + 1))
 
 
 def _paths(top_k: int, depth: int) -> int:

@@ -604,7 +604,7 @@ def test_what_serves_on_cuda(
     assert graphs.prefill.full_prefill_max_req == (16 if prefill == "full" else None)  # whatever a prefill's chunk is
     assert graphs.prefill.bs == ([2, 4, 2048] if prefill == "full" else [4, 2048, 2304, 8192])
     assert graphs.prefill.max_bs == graphs.prefill.bs[-1]
-    assert settled.speculative_num_draft_tokens == 32
+    assert settled.speculative_num_draft_tokens == 64
     assert settled.speculative_draft_kv_cache_dtype == "auto", "else the draft's cache is of its target's type"
 
 
@@ -627,7 +627,9 @@ def test_as_many_requests_run_as_there_are_graphs_for_and_each_joins_at_once(on_
 def test_sliding_layers_have_a_pool_of_their_own_on_cuda_too(
     on_hopper: None, make_target: Callable[..., str]
 ) -> None:
-    assert not settle(model_path=make_target(**GPT_OSS)).disable_hybrid_swa_memory
+    settled = settle(model_path=make_target(**GPT_OSS))
+    assert not settled.disable_hybrid_swa_memory
+    assert settled.speculative_num_draft_tokens == 32, "that pool is sized by it"
 
 
 def test_a_draft_takes_its_targets_type(on_hopper: None, make_draft: MakeDraft) -> None:
@@ -667,7 +669,7 @@ def test_what_means_another_thing_or_nothing_is_said_once(on_hopper: None, caplo
     assert "--speculative-eagle-topk 4 asks for a tree" in told
     assert "--speculative-accept-threshold-single 0.5 has no effect: a drafted token is accepted if" in single
     assert "--speculative-use-block-verification has no effect" in block
-    assert "trees of 2 nodes, 2 deep; 4 nodes" in served and "31 nodes, 15 deep; or none, by what pays" in served
+    assert "trees of 2 nodes, 2 deep; 4 nodes" in served and "63 nodes, 15 deep; or none, by what pays" in served
 
 
 def test_a_draft_on_the_hub_is_checked_as_one_in_a_directory(

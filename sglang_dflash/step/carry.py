@@ -124,15 +124,16 @@ def _room(batch: Any) -> int:
 
 
 def _wanted(batch: Any, held: np.ndarray, committed: np.ndarray) -> np.ndarray:
-    """Of each request, a window behind the committed prefix, one more for the step whose result the host has not seen,
-    and a slot for the root behind both.
+    """Of each request, a window behind the committed prefix and behind the longest path of the step whose result the
+    host has not seen; and a slot for the root behind both.
 
     No more than the slot table has columns: a row's end is the next request's beginning. Columns reach a window beyond
     the longest request, so the table cuts off only what the host's lag would take.
     """
     page_size = batch.token_to_kv_pool_allocator.page_size
     room = batch.req_to_token_pool.req_to_token.shape[1] // page_size * page_size
-    ahead = 2 * int(get_spec().speculative_num_draft_tokens) + 1
+    spec = get_spec()
+    ahead = int(spec.speculative_num_draft_tokens) + int(spec.speculative_dflash_block_size) + 1
     return np.maximum(held, np.minimum(_pages(committed + ahead, page_size), room))
 
 

@@ -14,7 +14,7 @@ from sglang_dflash.options import Options
 from sglang_dflash.platforms.cuda import graphs
 
 ANY = 1 << 30
-LADDER = [(0, 0, ANY), (2, 2, 341), (4, 4, 204), (7, 7, 128), (15, 10, 64), (31, 15, 32)]
+LADDER = [(0, 0, ANY), (2, 2, 341), (4, 4, 204), (7, 7, 128), (15, 10, 64), (31, 15, 32), (63, 15, 2)]
 
 
 def options(causal: bool = True) -> Options:
@@ -48,7 +48,7 @@ def test_every_shape_has_graphs_for_all_batches_that_may_take_it(up_to_256: Any,
     assert list(verified) == sorted(verified, reverse=True)  # the widest first: their memory serves the others
     assert verify.max_shared_logits_buffer_rows() == max(w * max(sizes) for w, sizes in verified.items()) <= 1024
     assert verify.decode_num_tokens_per_req(num_draft_tokens=8) == 8
-    assert verify.decode_num_tokens_per_req(num_draft_tokens=99) == verify.decode_num_tokens_per_req() == 32
+    assert verify.decode_num_tokens_per_req(num_draft_tokens=99) == verify.decode_num_tokens_per_req() == 64
 
 
 def test_small_passes_have_graphs_of_powers_of_two(up_to_256: Any) -> None:
@@ -56,7 +56,7 @@ def test_small_passes_have_graphs_of_powers_of_two(up_to_256: Any) -> None:
     graphs.set_widths(verify, options().verify_widths())
     sizes = graphs._sizes_by_width(verify)
     assert sizes[1][:9] == [1, 2, 4, 8, 16, 32, 64, 80, 96] and sizes[8][:6] == [1, 2, 4, 8, 10, 12]
-    assert sizes[32][:6] == [1, 2, 3, 4, 6, 8]
+    assert sizes[32][:6] == [1, 2, 3, 4, 6, 8] and sizes[64] == [1, 2]
 
 
 def test_a_pass_is_warmed_up_once_but_a_runners_first() -> None:

@@ -48,8 +48,14 @@ def batch_of(reqs: list[Any], pool: Pool, columns: int) -> Any:
     )
 
 
-def prepare(monkeypatch: pytest.MonkeyPatch, batch: Any, window: int) -> carry.Carry:
-    """Prepare a step on this batch, with an allocator that only keeps the books."""
+def draft(monkeypatch: pytest.MonkeyPatch, window: int, path: int) -> None:
+    """SGLang's settings where a window is so wide, and the bonus token and the drafts behind it so many."""
+    spec = SimpleNamespace(speculative_num_draft_tokens=window, speculative_dflash_block_size=path)
+    monkeypatch.setattr(carry, "get_spec", lambda: spec)
+
+
+def prepare(monkeypatch: pytest.MonkeyPatch, batch: Any, window: int, path: int | None = None) -> carry.Carry:
+    """Prepare a step on this batch, with an allocator that only keeps the books. path: of a chain unless told."""
     pool = batch.token_to_kv_pool_allocator
 
     def alloc(*args: Any, reqs: list[Any], nxt_kv_lens_cpu: torch.Tensor, **more: Any) -> None:
@@ -59,16 +65,16 @@ def prepare(monkeypatch: pytest.MonkeyPatch, batch: Any, window: int) -> carry.C
         assert pool.free >= 0
 
     monkeypatch.setattr(carry, "alloc_for_spec_decode", alloc)
-    monkeypatch.setattr(carry, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=window))
+    draft(monkeypatch, window, path or window)
     made = carry.Carry.of(torch.zeros(len(batch.reqs)), torch.zeros(len(batch.reqs)))
     made.prepare_for_decode(batch)
     return made
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("window", [1, 4, 16, 64])
+@pytest.mark.parametrize(("window", "path"), [(1, 1), (4, 4), (16, 11), (64, 16)])
 def test_what_is_taken_was_asked_for_and_stays_in_its_row(
-    monkeypatch: pytest.MonkeyPatch, window: int, page_size: int
+    monkeypatch: pytest.MonkeyPatch, window: int, path: int, page_size: int
 ) -> None:
     """Requests run to the context's end in a large pool; the host lags a step behind, as under overlap."""
     rng = random.Random(window * page_size)
@@ -77,9 +83,9 @@ def test_what_is_taken_was_asked_for_and_stays_in_its_row(
     true = [len(r.origin_input_ids) for r in reqs]
     batch = batch_of(reqs, Pool(10_000, page_size), columns)
     while any(t < CONTEXT - 3 for t in true):
-        monkeypatch.setattr(carry, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=window))
+        draft(monkeypatch, window, path)
         asked, before = carry.new_tokens_required(None, batch, reqs, page_size), batch.token_to_kv_pool_allocator.free
-        made = prepare(monkeypatch, batch, window)
+        made = prepare(monkeypatch, batch, window, path)
         assert before - batch.token_to_kv_pool_allocator.free <= asked
         for i, req in enumerate(reqs):
             held, most = made.bounds[:, i].tolist()
@@ -87,7 +93,7 @@ def test_what_is_taken_was_asked_for_and_stays_in_its_row(
             assert true[i] + window <= held, "every window has room"
             req.kv.kv_committed_len = true[i]  # the host learns of the step before
             if true[i] < most - 1:  # else it has ended, and overlap runs a pass more
-                true[i] += min(rng.randint(1, window), most - true[i] - 2 + 1)
+                true[i] += min(rng.choice((1, path)), most - true[i] - 2 + 1)
             assert true[i] < most == CONTEXT - 2
 
 
@@ -98,7 +104,7 @@ def test_the_last_request_fills_the_pool(monkeypatch: pytest.MonkeyPatch, page_s
     pool = Pool(slots, page_size)
     pool.free -= carry._pages(40, page_size)
     batch = batch_of([req], pool, 500)
-    monkeypatch.setattr(carry, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=window))
+    draft(monkeypatch, window, window)
     assert carry.new_tokens_required(None, batch, [req], page_size) <= pool.free
     held, most = prepare(monkeypatch, batch, window).bounds[:, 0].tolist()
     assert most == 62 <= held <= slots
@@ -114,22 +120,22 @@ def test_the_last_request_goes_on_as_long_as_plain_decoding_would(
 
     The host lags a step behind.
     """
-    window, prompt, most = 16, 32, 200
+    window, path, prompt, most = 16, 11, 32, 200
     req, rng = make(prompt, most - prompt), random.Random(page_size + room)
     pool = Pool((2 * page_size if slides else most - prompt + page_size) + room, page_size)
     batch, true, gone, walks = batch_of([req], pool, 500), prompt, 0, 0
-    monkeypatch.setattr(carry, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=window))
+    draft(monkeypatch, window, path)
     while true < most - 1:
         while slides and gone + page_size <= req.kv.kv_committed_len - prompt:
             gone, pool.free = gone + page_size, pool.free + page_size
         assert carry.new_tokens_required(None, batch, [req], page_size) <= pool.free
-        made = prepare(monkeypatch, batch, window)
+        made = prepare(monkeypatch, batch, window, path)
         held, bound = made.bounds[:, 0].tolist()
         assert true < held, "the root has a slot"
         req.kv.kv_committed_len = true
-        walked = min(rng.randint(1, window), bound - true - 1) if bound and true + window <= held else 1
+        walked = min(rng.randint(1, path), bound - true - 1) if bound and true + window <= held else 1
         true, walks = min(true + walked, most - 1), walks + (walked > 1)
-    assert walks > 0 or (slides and room < 2 * window + 1)
+    assert walks > 0 or (slides and room < window + path + 1)
 
 
 @pytest.mark.parametrize(("full", "sliding"), [(40, 9), (9, 40), (40, 40), (9, 9)])
@@ -149,11 +155,11 @@ def test_of_two_pools_the_scarcer_one_says_what_the_last_request_gets(
 
 
 def test_two_requests_in_a_full_pool_are_not_both_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carry, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=16))
+    draft(monkeypatch, 16, 11)
     reqs = [make(40, 100), make(40, 100)]
     batch = batch_of(reqs, Pool(90, 1), 500)
     batch.token_to_kv_pool_allocator.free -= 80
-    assert carry.new_tokens_required(None, batch, reqs, 1) == 66 > 10
+    assert carry.new_tokens_required(None, batch, reqs, 1) == 2 * (16 + 11 + 1) > 10
 
 
 def test_a_request_whose_logits_depend_on_history_walks_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
