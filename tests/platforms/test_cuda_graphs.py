@@ -45,7 +45,8 @@ def test_every_shape_has_graphs_for_all_batches_that_may_take_it(up_to_256: Any,
         most = min(shape.most, requests)
         assert max(verified[shape.verified]) == most
         assert not shape.nodes or max(drafted[shape.block]) >= most
-    assert list(verified) == sorted(verified, reverse=True)  # the widest first: their memory serves the others
+    tokens = [width * max(sizes) for width, sizes in verified.items()]
+    assert tokens == sorted(tokens, reverse=True)  # the largest first: their memory serves the others
     assert verify.max_shared_logits_buffer_rows() == max(w * max(sizes) for w, sizes in verified.items()) <= 1024
     assert verify.decode_num_tokens_per_req(num_draft_tokens=8) == 8
     assert verify.decode_num_tokens_per_req(num_draft_tokens=99) == verify.decode_num_tokens_per_req() == 64

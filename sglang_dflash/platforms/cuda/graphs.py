@@ -40,11 +40,11 @@ def set_widths(runner: Any, widths: dict[int, int]) -> None:
 
 
 def _sizes_by_width(runner: Any) -> dict[int, list[int]]:
-    """Batch sizes to capture: SGLang's largest, or the user's, bounds all of them; the widest passes come first."""
+    """Batch sizes to capture: SGLang's largest, or the user's, bounds all of them; the largest passes come first."""
     largest = min(max(get_exec().graph.cuda_graph_config.decode.bs), runner.req_to_token_pool.size)
+    bounds = {width: min(most, largest) for width, most in runner.window_widths.items()}
     by_width = {}
-    for width, most in sorted(runner.window_widths.items(), reverse=True):
-        bound = min(most, largest)
+    for width, bound in sorted(bounds.items(), key=lambda item: (item[0] * item[1], item[0]), reverse=True):
         sizes = {size for size in SIZES if size * width > FEW_TOKENS or size.bit_count() == 1}
         by_width[width] = sorted({*(size for size in sizes if size < bound), bound})
     return by_width
