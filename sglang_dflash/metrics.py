@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_left
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -109,14 +108,19 @@ class StepMetrics:
         for counter, seconds in zip(self._seconds, clock.parts(), strict=True):
             counter.inc(seconds)
         self._shapes[shape].inc(bool(lens.any()))  # a pass beyond all requests' ends counts nowhere
-        self._steps.inc(int((lens > 0).sum()))
-        for depth, counter in enumerate(self._accepted, start=1):
-            counter.inc(int((lens > depth).sum()))
-        for context, count in zip(contexts, lens, strict=True):
+        self._steps.inc(int(np.count_nonzero(lens)))
+        deeper = (lens[:, None] > np.arange(1, len(self._accepted) + 1)).sum(0)
+        for counter, count in zip(self._accepted, deeper.tolist(), strict=True):
             if count:
-                steps, tokens = self._by_context[bisect_left(CONTEXTS, context)]
-                steps.inc()
-                tokens.inc(int(count))
+                counter.inc(count)
+        bounds = np.searchsorted(CONTEXTS, contexts)
+        steps, tokens = (
+            np.bincount(bounds, weights, len(self._by_context)).tolist() for weights in (lens > 0, lens)
+        )
+        for counters, *counts in zip(self._by_context, steps, tokens, strict=True):
+            if counts[0]:
+                for counter, count in zip(counters, counts, strict=True):
+                    counter.inc(count)
 
 
 class StepLog:
