@@ -29,7 +29,7 @@ import numpy as np
 from sglang_dflash.arguments import LADDER, most_requests
 from sglang_dflash.budget import Budget, Choice, Shape
 
-RECORDED = 31  # nodes of a trace's trees
+RECORDED = 31  # nodes of a trace's trees: record_trace.py's NODES
 SHAPES = [Shape(n, d, d + 1 if n else 1, most_requests(n)) for n, d in LADDER if n <= RECORDED]
 SETTLING = 100  # tokens of each request before a world is looked at
 HICCUP = 0.03  # standard deviation of a step's seconds, as a share

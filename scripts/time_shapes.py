@@ -41,9 +41,13 @@ def register() -> None:
 
 
 def in_turn(choose: Any, budget: Any, *batch: Any) -> Any:
-    """Two steps of each shape, one after another: the second is begun in what the first leaves behind."""
+    """Two steps of each shape that so many requests may take, one after another: the second is begun in what the first
+    leaves behind.
+    """
     in_turn.steps = getattr(in_turn, "steps", -1) + 1  # type: ignore[attr-defined]
-    return dataclasses.replace(choose(budget, *batch), shape=in_turn.steps // 2 % len(budget.shapes))  # type: ignore[attr-defined]
+    choice = choose(budget, *batch)
+    shapes = [index for index, shape in enumerate(budget.shapes) if len(choice.requests) <= shape.most]
+    return dataclasses.replace(choice, shape=shapes[in_turn.steps // 2 % len(shapes)])  # type: ignore[attr-defined]
 
 
 def written(took: Any, cost: Any, requests: int, shape: int, seconds: float, *of_sort: Any) -> None:

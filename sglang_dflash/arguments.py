@@ -30,8 +30,8 @@ DEFAULT_NODES = 63
 FEWER_NODES = 31  # on a CPU, where each token costs; beside a pool of sliding layers, which SGLang sizes by them
 NODES_WITH_STATES = 7  # SGLang reserves a state a node for each request: some 50 MB in a target of 9B parameters
 MOST_TOKENS = 1024  # of a verify pass: any GPU is short of arithmetic by then, and a wider tree only waits for it
-# Trees of more nodes pay while a GPU waits for nothing but its weights: up to passes of so many tokens, about.
-WIDE, FEW_TOKENS = 32, 128
+# Trees of more nodes than the first pay while a GPU waits for its weights alone: in passes of so many tokens, about.
+NARROW, MOST_WIDE_TOKENS = 31, 128
 UNBOUNDED = 1 << 30
 PREFILLED = 16  # prompts that one CUDA graph holds; a batch of more is launched op by op, and long enough not to wait
 LONG_PREFILL = 2048  # tokens of a pass for which a GPU takes longer than its host to launch it op by op
@@ -84,7 +84,8 @@ def options_of(server_args: Any) -> Options:
         raise ValueError(f"--speculative-num-draft-tokens must be 0 (plain decoding) or more, got {nodes}")
     top_k = min(draft.selector_top_k or TOP_K, draft.vocab_size)
     longest = depth or draft.max_depth
-    bound = nodes if nodes is not None else longest if chain else min(_default(server_args), _paths(top_k, longest))
+    usual = longest if chain else min(_default_nodes(server_args), _paths(top_k, longest))
+    bound = usual if nodes is None else nodes
     _check_bounds(bound, min(bound, longest), top_k, chain)
     fixed = nodes == 0 or None not in (nodes, depth)
     trees = {bound: min(bound, longest)} if fixed else _trees(bound, longest, top_k, chain)
@@ -97,7 +98,7 @@ def options_of(server_args: Any) -> Options:
     )
 
 
-def _default(server_args: Any) -> int:
+def _default_nodes(server_args: Any) -> int:
     """Nodes of the largest tree where the user does not say."""
     from sglang.srt.platforms import current_platform
 
@@ -129,7 +130,7 @@ def most_requests(nodes: int) -> int:
     """Requests of a batch for which trees of so many nodes may pay."""
     if nodes == 0:
         return UNBOUNDED
-    return max(1, (MOST_TOKENS if nodes < WIDE else FEW_TOKENS) // (nodes + 1))
+    return max(1, (MOST_TOKENS if nodes <= NARROW else MOST_WIDE_TOKENS) // (nodes + 1))
 
 
 def _paths(top_k: int, depth: int) -> int:
@@ -241,7 +242,8 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         **({} if on_cpu else _settled_on_cuda(server_args)),
     )
     original(server_args)
-    # SGLang reads it no more: what remains of it is a path's length, by which accept rates are told (metrics.py).
+    # SGLang reads it no more: what remains of it is a path's length, by which accept rates are told (metrics.py) and
+    # slots reserved (step/carry.py).
     declare_resolution(server_args, "sglang_dflash", speculative_dflash_block_size=chosen.largest.depth + 1)
 
 

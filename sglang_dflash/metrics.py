@@ -97,9 +97,9 @@ class StepMetrics:
         steps = Counter("sglang:dflash_context_steps", "Steps of requests, by tokens of context up to.", by_context)
         tokens = Counter("sglang:dflash_context_tokens", "Tokens that these steps emitted.", by_context)
         bounds = [*map(str, CONTEXTS), "+Inf"]
-        self._by_context = [
-            tuple(counter.labels(**labels, context=bound) for counter in (steps, tokens)) for bound in bounds
-        ]
+        self._context_steps, self._context_tokens = (
+            [counter.labels(**labels, context=bound) for bound in bounds] for counter in (steps, tokens)
+        )
 
     def step_done(self, clock: Clock, shape: int, lens: np.ndarray, contexts: list[int]) -> None:
         """Count a step whose results reached the host. shape: its index; lens [bs]: emitted tokens, 0 of a request that
@@ -109,17 +109,14 @@ class StepMetrics:
             counter.inc(seconds)
         self._shapes[shape].inc(bool(lens.any()))  # a pass beyond all requests' ends counts nowhere
         self._steps.inc(int(np.count_nonzero(lens)))
-        deeper = (lens[:, None] > np.arange(1, len(self._accepted) + 1)).sum(0)
-        for counter, count in zip(self._accepted, deeper.tolist(), strict=True):
-            if count:
-                counter.inc(count)
         bounds = np.searchsorted(CONTEXTS, contexts)
-        steps, tokens = (
-            np.bincount(bounds, weights, len(self._by_context)).tolist() for weights in (lens > 0, lens)
-        )
-        for counters, *counts in zip(self._by_context, steps, tokens, strict=True):
-            if counts[0]:
-                for counter, count in zip(counters, counts, strict=True):
+        for counters, counts in (
+            (self._accepted, (lens[:, None] > np.arange(1, len(self._accepted) + 1)).sum(0)),
+            (self._context_steps, np.bincount(bounds, lens > 0, len(self._context_steps))),
+            (self._context_tokens, np.bincount(bounds, lens, len(self._context_tokens))),
+        ):
+            for counter, count in zip(counters, counts.tolist(), strict=True):
+                if count:
                     counter.inc(count)
 
 

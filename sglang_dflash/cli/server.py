@@ -26,6 +26,7 @@ LOG_TAIL = 30  # lines shown of a server that failed
 # Below what Linux (from 32768) and SGLang (from 22000) give to whoever asks for any port: a server binds its own only
 # once its model is loaded, and one that finds it taken then waits 12 minutes for itself before it ends.
 PORTS = range(10_000, 22_000)
+_given: set[int] = set()  # of them, by this process: what starts next may not listen yet
 
 
 class ServerError(RuntimeError):
@@ -108,7 +109,8 @@ def quiet() -> Iterator[None]:
 def _free_port() -> int:
     for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as s:
-            if s.connect_ex(("127.0.0.1", port)):  # nobody listens there
+            if port not in _given and s.connect_ex(("127.0.0.1", port)):  # nobody listens there
+                _given.add(port)
                 return port
     raise ServerError(f"every port from {PORTS.start} to {PORTS.stop - 1} is in use: end what listens there")
 

@@ -115,7 +115,9 @@ def test_a_killed_client_takes_its_server_along(tmp_path: Path) -> None:
 
 def test_a_port_is_free_and_nobody_is_given_it_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     given_by_chance = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    assert all(server._free_port() < given_by_chance for _ in range(100))
+    ports = [server._free_port() for _ in range(100)]
+    assert all(port < given_by_chance for port in ports)
+    assert len({*ports}) == 100, "who was given one may not listen yet"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

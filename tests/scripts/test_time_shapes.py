@@ -20,12 +20,19 @@ def script() -> ModuleType:
 @dataclass
 class Chosen:
     shape: int
+    requests: list[int]
 
 
 def test_each_shape_is_taken_twice_in_turn(script: ModuleType) -> None:
-    budget: Any = SimpleNamespace(shapes=[0, 1, 2])
-    taken = [script.in_turn(lambda budget, *batch: Chosen(1), budget, "batch").shape for _ in range(8)]
+    budget: Any = SimpleNamespace(shapes=[SimpleNamespace(most=most) for most in (9, 2, 2)])
+
+    def in_turn(requests: list[int]) -> int:
+        shape: int = script.in_turn(lambda budget, *batch: Chosen(1, *batch), budget, requests).shape
+        return shape
+
+    taken = [in_turn([5, 7]) for _ in range(8)]
     assert taken == [0, 0, 1, 1, 2, 2, 0, 0]
+    assert {in_turn([5, 7, 8]) for _ in range(8)} == {0}, "the others have no graphs for three requests"
 
 
 def test_rows_are_medians_of_full_batches(

@@ -36,8 +36,9 @@ def register() -> None:
 
 def choose_any_shape(choose: Any, budget: Any, *batch: Any) -> Any:
     """Whatever pays: shapes from step to step as chance will have them, nothing at all among them."""
-    shape = random.SystemRandom().randrange(len(budget.shapes))  # another one for each rank
-    return dataclasses.replace(choose(budget, *batch), shape=shape)
+    choice = choose(budget, *batch)
+    shapes = [index for index, shape in enumerate(budget.shapes) if len(choice.requests) <= shape.most]
+    return dataclasses.replace(choice, shape=random.SystemRandom().choice(shapes))  # another one for each rank
 
 
 def grow_by_rank(grow: Any, lattice: Any, bonus: torch.Tensor, nodes: int) -> Any:
