@@ -42,43 +42,47 @@ class Budget:
         self.shapes = shapes
         self.cost, self.gain = Cost(shapes, requests), Gain(shapes, requests)
         self._saved = 0.0
-        self._unseen = np.zeros(len(shapes))  # steps since each shape was last taken
-        self._most = np.array([shape.most for shape in shapes])
-        self._places = np.arange(len(shapes))
+        self._unseen = [0] * len(shapes)  # steps since each shape was last taken
 
     def choose(self, requests: np.ndarray, kinds: np.ndarray, drafting: np.ndarray, sort: int = 0) -> Choice:
         """The next step's shape; arguments as in `Choice`."""
         bs = len(requests)
-        tokens = bs + self.gain.expected(requests[drafting]).sum(0)
-        if len(self.shapes) == 1:
-            return Choice(0, requests, kinds, drafting, sort, float(tokens[0]))
-        allowed = bs <= self._most
-        seconds = self.cost.seconds(bs, sort, self.cost.checks(requests))
-        rates = np.where(allowed, tokens / seconds, -np.inf)
-        shape = int(rates.argmax())
-        self._saved = min(self._saved + PROBES * seconds[shape], SAVED * seconds[shape])
-        if drafting.any():
-            guessed = self.cost.guessed(bs, sort)
-            lost = seconds * (1 - rates / rates[shape])
-            known = (self._places < shape) & ~guessed
-            pause = np.where(known, np.clip(RARE[1] * lost / seconds[shape], *RARE), RARE[0])
-            due = allowed & (self._unseen >= pause)
-            shape = self._probe(shape, due, guessed, lost, seconds[shape])
-        self._unseen += 1
-        self._unseen[shape] = 0
-        return Choice(shape, requests, kinds, drafting, sort, float(tokens[shape]))
+        tokens = (bs + self.gain.expected(requests[drafting]).sum(0)).tolist()
+        shape = 0
+        if len(self.shapes) > 1:
+            seconds = self.cost.seconds(bs, sort, self.cost.checks(requests)).tolist()
+            shape = self._best_or_probe(bs, sort, tokens, seconds, bool(drafting.any()))
+        return Choice(shape, requests, kinds, drafting, sort, tokens[shape])
 
-    def _probe(self, best: int, due: np.ndarray, guessed: np.ndarray, lost: np.ndarray, seconds: float) -> int:
+    def _best_or_probe(self, bs: int, sort: int, tokens: list[float], seconds: list[float], drafts: bool) -> int:
+        """In plain numbers: arrays of so few shapes cost ten times as long, and a step waits for this."""
+        rates = [
+            made / took if bs <= shape.most else 0.0
+            for shape, made, took in zip(self.shapes, tokens, seconds, strict=True)
+        ]
+        best = rates.index(max(rates))
+        self._saved = min(self._saved + PROBES * seconds[best], SAVED * seconds[best])
+        shape = self._probe(best, rates, seconds, self.cost.guessed(bs, sort)) if drafts else best
+        self._unseen = [steps + 1 for steps in self._unseen]
+        self._unseen[shape] = 0
+        return shape
+
+    def _probe(self, best: int, rates: list[float], seconds: list[float], guessed: np.ndarray) -> int:
         """Another shape, of those that were long not seen, where what was saved pays for the seconds that it loses.
         Nothing else is paid for while the cost of one is a guess: that one may be the dearest, and the best.
-
-        seconds: of a step of the best.
         """
-        first = due & guessed & (lost <= SAVED * seconds)
-        due = (first if first.any() else due) & (lost <= self._saved)
-        if not due.any():
+        lost = [took * (1 - rate / rates[best]) for took, rate in zip(seconds, rates, strict=True)]
+
+        def pause(shape: int) -> float:
+            known = shape < best and not guessed[shape]
+            return min(max(RARE[1] * lost[shape] / seconds[best], RARE[0]), RARE[1]) if known else RARE[0]
+
+        due = [i for i, steps in enumerate(self._unseen) if steps >= RARE[0] and rates[i] and steps >= pause(i)]
+        first = [i for i in due if guessed[i] and lost[i] <= SAVED * seconds[best]]
+        paid = [i for i in first or due if lost[i] <= self._saved]
+        if not paid:
             return best
-        shape = int(np.where(due, self._unseen, -1).argmax())
+        shape = max(paid, key=self._unseen.__getitem__)
         self._saved -= lost[shape]
         return shape
 

@@ -35,4 +35,4 @@ def commit(
     if not draft.options.chain:  # a chain's accepted rows are at the front already
         for pool in pools:
             kernels.move_rows(pool, source, destination, len(walked.lens))
-    draft.write_context(features[rows], positions, slots)
+    draft.write_context(features.index_select(0, rows), positions, slots)
