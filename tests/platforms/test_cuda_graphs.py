@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, Phase, with_phase
 from sglang.srt.runtime_context import get_context
 
@@ -60,17 +61,36 @@ def test_small_passes_have_graphs_of_powers_of_two(up_to_256: Any) -> None:
     assert sizes[32][:6] == [1, 2, 3, 4, 6, 8] and sizes[64] == [1, 2]
 
 
-def test_a_pass_is_warmed_up_once_but_a_runners_first() -> None:
+def captured(passes: dict[str, Any], rows: int) -> tuple[list[str], dict[str, Any]]:
+    """Passes of hidden states [T, H] captured by a stand-in for SGLang's backend: the runs, and what graphs keep."""
     runs: list[str] = []
+    kept: dict[str, Any] = {}
 
-    def captures(key: str, forward: Any, *, post_warmup_hook: Any) -> None:  # as SGLang's backend does
+    def captures(key: str, forward: Any, *, post_warmup_hook: Any) -> None:  # three runs, the last one's output kept
         outputs = [forward() for _ in range(3)]
-        assert outputs[0] == outputs[2] == key and post_warmup_hook == "hook"
+        assert outputs[0] and post_warmup_hook == "hook"
+        kept[key] = outputs[2]
 
-    capture = graphs._warmed_once(captures)
-    for key in ("wide", "narrow", "narrower"):
-        capture(key, lambda key=key: runs.append(key) or key, post_warmup_hook="hook")
+    model_runner = SimpleNamespace(shared_hidden=None, max_shared_logits_buffer_rows=lambda: rows)
+    capture = graphs._captured_ours(captures, model_runner)
+    for key, hidden in passes.items():
+        output = lambda key=key, hidden=hidden: runs.append(key) or SimpleNamespace(hidden_states=hidden)  # noqa: E731
+        capture(key, output, post_warmup_hook="hook")
+    return runs, kept
+
+
+def test_a_pass_is_warmed_up_once_but_a_runners_first() -> None:
+    runs, _ = captured(dict.fromkeys(("wide", "narrow", "narrower")), 8)
     assert runs == ["wide"] * 3 + ["narrow"] * 2 + ["narrower"] * 2
+
+
+def test_all_graphs_of_a_model_leave_their_hidden_states_in_the_same_rows() -> None:
+    passes = {"first": torch.randn(6, 4), "wider": torch.randn(8, 4), "one": torch.randn(1, 4)}
+    _, kept = captured(passes, 8)
+    assert len({output.hidden_states.data_ptr() for output in kept.values()}) == 1
+    assert [len(output.hidden_states) for output in kept.values()] == [6, 8, 1]
+    assert torch.equal(kept["one"].hidden_states, passes["one"])  # the last that ran
+    assert torch.equal(kept["wider"].hidden_states[1:], passes["wider"][1:])
 
 
 def test_a_draft_that_drafts_nothing_has_no_graphs_and_no_logits(up_to_256: Any) -> None:
