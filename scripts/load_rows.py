@@ -25,7 +25,8 @@ import typer
 VERSIONS = ("sglang", "torch", "flashinfer-python", "sglang-dflash")
 NAMES = {
     "none": "no speculation", "full": "no speculation, prefills in one launch", "own": "SGLang's own DFLASH",
-    "ours": "ours", "best": "ours, best fixed tree", "useless": "ours, a draft of random weights",
+    "ours": "ours", "best": "ours, best fixed tree", "plain": "ours, nothing drafted",
+    "useless": "ours, a draft of random weights",
 }  # fmt: skip
 CHOSEN = re.compile(r'^sglang:dflash_shape_steps_total\{.*nodes="(\d+)".*\} (\S+)$', re.MULTILINE)
 TAKEN = re.compile(r'^sglang:dflash_step_seconds_total\{.*part="(\w+)".*\} (\S+)$', re.MULTILINE)
