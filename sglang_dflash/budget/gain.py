@@ -86,5 +86,5 @@ class Gain:
 
 
 def _mean(rows: np.ndarray) -> np.ndarray:
-    """Of few rows in a third of the time that NumPy's takes."""
+    """Of few rows in less time than NumPy's takes."""
     return np.add.reduce(rows) / len(rows)
