@@ -23,24 +23,23 @@ logger = logging.getLogger(__name__)
 
 
 class Clock:
-    """When a step began, and when its parts ended: drafted, verified, done; on a GPU, when it got there itself.
+    """When the parts of one step ended: start, drafted, verified, done; on a GPU, when it got there itself.
 
-    parts: whether anybody asks for more than the start.
+    parts: whether anybody asks for more than start and end.
     """
 
     def __init__(self, on_gpu: bool, *, parts: bool) -> None:
         self._on_gpu, self._parts = on_gpu, parts
         self._marks: list[Any] = []
-        self._mark()  # the start
+        self.done()  # the start
 
-    def ended(self) -> None:
-        """One more part."""
+    def drafted(self) -> None:
         if self._parts:
-            self._mark()
+            self.done()
 
-    drafted = verified = done = ended
+    verified = drafted
 
-    def _mark(self) -> None:
+    def done(self) -> None:
         if self._on_gpu:
             self._marks.append(torch.cuda.Event(enable_timing=True))
             self._marks[-1].record()
@@ -54,6 +53,10 @@ class Clock:
     def since(self, start: Any) -> float:
         """Seconds from another step's start to this one's; on a GPU, both must have ended."""
         return self._seconds(start, self.start)
+
+    def seconds(self) -> float:
+        """Seconds of the step; on a GPU it must have ended."""
+        return self._seconds(self._marks[0], self._marks[-1])
 
     def parts(self) -> list[float]:
         """Seconds of each part; a step on a GPU must have ended."""
@@ -130,23 +133,19 @@ class StepLog:
     def _begin(self) -> None:
         self._steps = [0] * len(self._shapes)
         self._tokens = self._expected = 0.0
-        self._requests, self._timed, self._seconds = 0, 0, 0.0
+        self._requests, self._seconds = 0, 0.0
 
-    def step_done(self, choice: Choice, lens: np.ndarray) -> None:
+    def step_done(self, choice: Choice, clock: Clock, lens: np.ndarray) -> None:
         """Take in a step whose results reached the host; lens as in `StepMetrics`."""
         self._steps[choice.shape] += 1
         self._tokens += int(lens.sum())
         self._expected += choice.tokens
         self._requests += int(np.count_nonzero(lens))
+        self._seconds += clock.seconds()
         if time.monotonic() - self._since >= self.EVERY:
             logger.info("DFLASH: %s.", self._told())
             self._since = time.monotonic()
             self._begin()
-
-    def took(self, seconds: float) -> None:
-        """From one step's start to the next one's, where nothing stood between."""
-        self._timed += 1
-        self._seconds += seconds
 
     def _told(self) -> str:
         steps = sum(self._steps)
@@ -155,9 +154,9 @@ class StepLog:
             for shape, count in zip(self._shapes, self._steps, strict=True)
             if count
         ]
-        requests, ms = max(self._requests, 1), 1e3 * self._seconds / max(self._timed, 1)
+        requests = max(self._requests, 1)
         return (
-            f"{steps} steps of {requests / steps:.1f} requests, {ms:.1f} ms each; "
+            f"{steps} steps of {requests / steps:.1f} requests, {1e3 * self._seconds / steps:.1f} ms each; "
             f"{self._tokens / requests:.2f} tokens a request ({self._expected / requests:.2f} expected); "
             f"{', '.join(shares)}"
         )

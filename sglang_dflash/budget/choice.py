@@ -55,7 +55,7 @@ class Budget:
         return Choice(shape, requests, kinds, drafting, sort, tokens[shape])
 
     def _best_or_probe(self, bs: int, sort: int, tokens: list[float], seconds: list[float], drafts: bool) -> int:
-        """In plain numbers: arrays of so few shapes cost ten times as long, and a step waits for this."""
+        """In plain numbers: with arrays of so few shapes it takes twice as long, and a step waits for it."""
         rates = [
             made / took if bs <= shape.most else 0.0
             for shape, made, took in zip(self.shapes, tokens, seconds, strict=True)
@@ -77,7 +77,7 @@ class Budget:
             known = shape < best and not guessed[shape]
             return min(max(RARE[1] * lost[shape] / seconds[best], RARE[0]), RARE[1]) if known else RARE[0]
 
-        due = [i for i, steps in enumerate(self._unseen) if steps >= RARE[0] and rates[i] and steps >= pause(i)]
+        due = [i for i, steps in enumerate(self._unseen) if rates[i] > 0 and steps >= pause(i)]
         first = [i for i in due if guessed[i] and lost[i] <= SAVED * seconds[best]]
         paid = [i for i in first or due if lost[i] <= self._saved]
         if not paid:

@@ -72,7 +72,7 @@ class Gain:
             mean, told = _mean(seen[these]), self._told[kind, :, 1 : shape + 1]
             told += RATIOS * (np.array((mean[1:], mean[:-1])) - told)
         whole = seen
-        if shape + 1 < len(self._usual[0]):
+        if shape + 1 < self._usual.shape[1]:
             this, smaller = self._told[kinds, :, shape + 1 :].swapaxes(0, 1)
             more = this / np.maximum(smaller, 1e-6)
             whole = np.concatenate([seen, seen[:, -1:] * more.cumprod(1)], 1)

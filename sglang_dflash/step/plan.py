@@ -111,13 +111,10 @@ class Planner:
     def _take_in(self, step: Step, nodes: np.ndarray | None, lens: np.ndarray, contexts: list[int]) -> None:
         if step.before is not None:
             choice, start, checks = step.before
-            seconds = step.clock.since(start)
-            self.budget.took(choice, seconds, checks)
-            if self._log is not None:
-                self._log.took(seconds)
+            self.budget.took(choice, step.clock.since(start), checks)
         self.budget.learn(step.choice, nodes, lens)
         if self._log is not None:
-            self._log.step_done(step.choice, lens)
+            self._log.step_done(step.choice, step.clock, lens)
         if self._metrics is not None:
             self._metrics.step_done(step.clock, step.choice.shape, lens, contexts)
 

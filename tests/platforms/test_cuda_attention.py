@@ -131,8 +131,12 @@ def test_what_is_kept_in_eight_bits_goes_one_way(backend: Any, called: list[tupl
 def test_graphs_are_recorded_of_both_ways_where_there_are_two(fa3: ModuleType, backend: Any) -> None:
     for width, variants in ((NARROW, None), (WIDE, fa3.Ways)):
         seen: list[Any] = []
-        sglangs = SimpleNamespace(capture_one=None)
-        runner = SimpleNamespace(attn_backend=backend, captured_req_width=width, backend=sglangs, model_runner=None)
+        runner = SimpleNamespace(
+            attn_backend=backend,
+            captured_req_width=width,
+            backend=SimpleNamespace(capture_one=None),
+            model_runner=None,
+        )
         capture_passes(lambda r, seen=seen: seen.append(r.attention_graph_variants), runner)
         assert seen == [variants]
 
@@ -179,7 +183,9 @@ def test_tables_stay_where_the_first_graphs_found_them(
 
 @pytest.mark.parametrize("in_one", [True, False])
 @pytest.mark.parametrize("save", [True, False])
-def test_each_way_calls_its_kernels(backend: Any, monkeypatch: pytest.MonkeyPatch, in_one: bool, save: bool) -> None:
+def test_each_way_calls_its_kernels(
+    backend: Any, monkeypatch: pytest.MonkeyPatch, in_one: bool, save: bool
+) -> None:
     calls: list[tuple[str, Any]] = []
     rows = 2 * WIDE
     q, k, v = (torch.zeros(rows, heads * DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
@@ -271,7 +277,9 @@ def test_layers_with_sinks_go_to_the_one_op_behind_any_prefix(backend: Any, call
     assert [(name, given[-3]) for name, given in called] == [("one", sinks)] * 2
 
 
-def test_a_causal_layer_of_a_draft_that_is_not_sees_no_later_token(backend: Any, called: list[tuple[str, Any]]) -> None:
+def test_a_causal_layer_of_a_draft_that_is_not_sees_no_later_token(
+    backend: Any, called: list[tuple[str, Any]]
+) -> None:
     backend.masks_are_causal = False
     positions, mask = torch.arange(WIDE).repeat(2, 1), torch.ones(2, WIDE, WIDE, dtype=torch.bool)
     both_ways = layer(attn_type=AttentionType.ENCODER_ONLY)

@@ -61,32 +61,26 @@ def test_small_passes_have_graphs_of_powers_of_two(up_to_256: Any) -> None:
     assert sizes[32][:6] == [1, 2, 3, 4, 6, 8] and sizes[64] == [1, 2]
 
 
-def captured(passes: dict[str, Any], rows: int) -> tuple[list[str], dict[str, Any]]:
-    """Passes of hidden states [T, H] captured by a stand-in for SGLang's backend: the runs, and what graphs keep."""
-    runs: list[str] = []
-    kept: dict[str, Any] = {}
-
-    def captures(key: str, forward: Any, *, post_warmup_hook: Any) -> None:  # three runs, the last one's output kept
-        outputs = [forward() for _ in range(3)]
-        assert outputs[0] and post_warmup_hook == "hook"
-        kept[key] = outputs[2]
-
-    model_runner = SimpleNamespace(shared_hidden=None, max_shared_logits_buffer_rows=lambda: rows)
-    capture = graphs._captured_ours(captures, model_runner)
-    for key, hidden in passes.items():
-        output = lambda key=key, hidden=hidden: runs.append(key) or SimpleNamespace(hidden_states=hidden)  # noqa: E731
-        capture(key, output, post_warmup_hook="hook")
-    return runs, kept
-
-
 def test_a_pass_is_warmed_up_once_but_a_runners_first() -> None:
-    runs, _ = captured(dict.fromkeys(("wide", "narrow", "narrower")), 8)
+    runs: list[str] = []
+
+    def captures(key: str, forward: Any, *, post_warmup_hook: Any) -> None:  # as SGLang's backend does
+        outputs = [forward() for _ in range(3)]
+        assert outputs[0] == outputs[2] == key and post_warmup_hook == "hook"
+
+    capture = graphs._warmed_once(captures)
+    for key in ("wide", "narrow", "narrower"):
+        capture(key, lambda key=key: runs.append(key) or key, post_warmup_hook="hook")
     assert runs == ["wide"] * 3 + ["narrow"] * 2 + ["narrower"] * 2
 
 
 def test_all_graphs_of_a_model_leave_their_hidden_states_in_the_same_rows() -> None:
     passes = {"first": torch.randn(6, 4), "wider": torch.randn(8, 4), "one": torch.randn(1, 4)}
-    _, kept = captured(passes, 8)
+    kept: dict[str, Any] = {}
+    model_runner = SimpleNamespace(shared_hidden=None, max_shared_logits_buffer_rows=lambda: 8)
+    for key, hidden in passes.items():  # of a runner each
+        capture = graphs._in_shared_rows(lambda key, forward: kept.update({key: forward()}), model_runner)
+        capture(key, lambda hidden=hidden: SimpleNamespace(hidden_states=hidden))
     assert len({output.hidden_states.data_ptr() for output in kept.values()}) == 1
     assert [len(output.hidden_states) for output in kept.values()] == [6, 8, 1]
     assert torch.equal(kept["one"].hidden_states, passes["one"])  # the last that ran
@@ -108,4 +102,3 @@ def test_a_pass_without_a_graph_of_its_width_is_an_error() -> None:
     batch.spec_info.draft_token_num = 7
     with pytest.raises(LookupError, match=r"7 tokens a request has no CUDA graph: there are graphs of \[8\]"):
         made.can_run_graph(batch)
-

@@ -29,7 +29,8 @@ def set_widths(runner: Any, widths: dict[int, int]) -> None:
     """Let a model runner capture graphs of these widths: tokens a request, and how many requests each may have. None at
     all: of a draft that drafts nothing.
     """
-    runner.window_widths, runner.shared_hidden = widths, None
+    runner.window_widths = widths
+    runner.shared_hidden = None  # of all its graphs
     runner.decode_num_tokens_per_req = lambda *, num_draft_tokens=None: (
         num_draft_tokens if num_draft_tokens in widths else max(widths, default=1)
     )
@@ -57,32 +58,38 @@ def capture_passes(capture: Callable[[Any], None], runner: Any) -> None:
     backend = parts_of(runner.attn_backend)[0]
     if isinstance(backend, WindowAttention):
         runner.attention_graph_variants = backend.ways(runner.captured_req_width)
-        runner.backend.capture_one = _captured_ours(runner.backend.capture_one, runner.model_runner)
+        capture_one = _warmed_once(runner.backend.capture_one)
+        runner.backend.capture_one = _in_shared_rows(capture_one, runner.model_runner)
     capture(runner)
 
 
-def _captured_ours(capture_one: Callable[..., None], model_runner: Any) -> Callable[..., None]:
-    """SGLang's `capture_one` runs what it is given three times, the third under capture, and keeps what that gave."""
+def _warmed_once(capture_one: Callable[..., None]) -> Callable[..., None]:
+    """SGLang's `capture_one` runs what it is given three times, the third under capture."""
     captured = count()
 
     def capture(key: Any, forward: Callable[[], Any], **how: Any) -> None:
         runs, first = count(), next(captured) == 0
-        capture_one(key, lambda: _in_shared_rows(forward(), model_runner) if first or next(runs) != 1 else None, **how)
+        capture_one(key, lambda: forward() if first or next(runs) != 1 else None, **how)
 
     return capture
 
 
-def _in_shared_rows(output: Any, model_runner: Any) -> Any:
-    """A pass's output with its hidden states where those of all graphs are: each would keep rows of its own else, in
-    all ten times as many as the largest has. They are read before the next pass.
+def _in_shared_rows(capture_one: Callable[..., None], model_runner: Any) -> Callable[..., None]:
+    """SGLang's `capture_one` keeps what a graph gives. Each graph would keep hidden states of its own, in all some
+    thirty times what the largest has: all of a model leave them in the same rows, which are read before the next pass.
     """
-    hidden = output.hidden_states
-    if hidden is None:
+
+    def shared(output: Any) -> Any:
+        hidden = output.hidden_states
+        if hidden is None:
+            return output
+        if model_runner.shared_hidden is None:  # made in the first run, which is no capture
+            rows = model_runner.max_shared_logits_buffer_rows()
+            model_runner.shared_hidden = hidden.new_empty(rows, hidden.shape[1])
+        output.hidden_states = model_runner.shared_hidden[: len(hidden)].copy_(hidden)
         return output
-    if model_runner.shared_hidden is None:  # made in the first run, which is no capture
-        model_runner.shared_hidden = hidden.new_empty(model_runner.max_shared_logits_buffer_rows(), hidden.shape[1])
-    output.hidden_states = model_runner.shared_hidden[: len(hidden)].copy_(hidden)
-    return output
+
+    return lambda key, forward, **how: capture_one(key, lambda: shared(forward()), **how)
 
 
 class WindowGraphs:
