@@ -15,7 +15,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_dflash import SGLANG, other_sglang
-from sglang_dflash.platforms import add_plain_attention, cpu, register_plain_attention
+from sglang_dflash.platforms import add_plain_attention, cpu, eager_windows, register_plain_attention
 
 logger = logging.getLogger(__name__)
 
@@ -155,13 +155,14 @@ def _take_over() -> None:
     from sglang_dflash import metrics
     from sglang_dflash.draft.config import ARCHITECTURES
     from sglang_dflash.draft.network import DFlashDraftModel
-    from sglang_dflash.step import admission, carry, penalties, results, sampling, seeds, session
+    from sglang_dflash.step import admission, carry, penalties, prompts, results, sampling, seeds, session
     from sglang_dflash.updates import select_runners
 
     ModelRegistry.models.update(dict.fromkeys(ARCHITECTURES, DFlashDraftModel))
     managers = "sglang.srt.managers"
     around = {
         f"{managers}.scheduler.validate_dflash_request": admission.refusal,
+        f"{managers}.scheduler.Scheduler.get_new_batch_prefill": prompts.join_running,
         f"{managers}.schedule_batch.ScheduleBatch._new_tokens_required_next_decode_spec_v2": carry.new_tokens_required,
         f"{managers}.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._resolve_spec_v2_tokens":
             results.settle_runs,
@@ -169,6 +170,7 @@ def _take_over() -> None:
             results.count_live,
         f"{managers}.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats":
             metrics.by_path_when_told,
+        "sglang.srt.model_executor.runner.eager_runner.get_eager_max_batch_size": eager_windows,
         "sglang.srt.layers.sampler.Sampler._sample_from_probs": sampling.sample_from_probs,
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch": seeds.give_seeds,
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.adjusted_from_schedule_batch":

@@ -20,7 +20,7 @@ from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
-from sglang.srt.runtime_context import get_exec, get_observability
+from sglang.srt.runtime_context import get_exec, get_observability, get_server_args
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import (
     commit_mamba_states_after_verify,
@@ -43,6 +43,7 @@ from sglang_dflash.step.foresight import Foresight
 from sglang_dflash.step.grammar import Grammars
 from sglang_dflash.step.penalties import Penalties
 from sglang_dflash.step.plan import Planner
+from sglang_dflash.step.prompts import Prompts, PromptWindows, may_join
 from sglang_dflash.step.results import StepResult
 from sglang_dflash.step.sampling import adjust_logits, sample_nodes
 from sglang_dflash.step.window import Window, window_input
@@ -102,6 +103,8 @@ class DFlashWorker(BaseSpecWorker):
         if states := getattr(self.target.attn_backend, "linear_attn_backend", None):
             states.chains = self.options.chain
         self.planner = Planner(self.options, requests, on_gpu, self.metrics)
+        joins = may_join(self.target, get_server_args())
+        self.prompts, self.target.attn_backend.windows_join = Prompts(self.planner, joins), joins
 
     def init_cuda_graphs(self) -> None:
         graphs = get_exec().graph.cuda_graph_config.decode.backend != Backend.DISABLED
@@ -157,6 +160,7 @@ class DFlashWorker(BaseSpecWorker):
     ) -> GenerationBatchResult:
         if batch.has_grammar and grammar_barrier is not None:
             grammar_barrier()  # a mixed batch samples running requests too
+        self.prompts.leave(batch.reqs)
         found = self.penalties.prefill(batch)
         if found is not None:
             batch.sampling_info = dataclasses.replace(batch.sampling_info, penalizer_orchestrator=found)
@@ -181,13 +185,19 @@ class DFlashWorker(BaseSpecWorker):
     def _step(
         self, batch: Any, publish: Callable[[Tensor], None], grammar_barrier: Callable[[], None] | None
     ) -> GenerationBatchResult:
-        step = self.planner.plan(batch)
+        joined = self.prompts.take(batch.reqs)
+        if joined:
+            self.penalties.begin([*joined])
+            self.planner.begin([*joined])
+        step = self.planner.plan(batch, joined)
+        slot_table = self.target.req_to_token_pool.req_to_token
+        prompts = PromptWindows.of(joined, step.shape.verified, len(batch.reqs), slot_table)
         window = Window.open(batch, self.target, step.shape, self.options.draft.mask_token_id)
         leads = partial(self._leads, batch, grammar_barrier)
         tree = self.draft.draft(batch, window, step.shape, step.penalised, leads)
         step.clock.drafted()
         grammars = Grammars(batch, tree) if batch.has_grammar else None
-        verified, positions = self._verify(batch, window, tree)
+        verified, positions = self._verify(batch, window, tree, prompts)
         step.clock.verified()
         output = verified.logits_output
         features, output.hidden_states = output.hidden_states, None
@@ -201,7 +211,7 @@ class DFlashWorker(BaseSpecWorker):
         new_lens = window.prefix_lens + walked.lens
         publish(new_lens)
         captured = verified.can_run_cuda_graph
-        commit(window, tree, walked, features, self._target_pools, self.draft, captured)
+        commit(window, tree, walked, features, self._target_pools, self.draft, captured, prompts)
         if self.keeps_states:
             self._commit_states(batch, walked, tree.tokens.shape[1])
         step.clock.done()
@@ -217,6 +227,7 @@ class DFlashWorker(BaseSpecWorker):
             speculative_num_draft_tokens=self.options.window,
             speculative_output_stride=walked.tokens.shape[1],
             nodes=walked.nodes if step.choice.shape else None,
+            read=joined,
             learn=partial(self.planner.learn, step),
         )
 
@@ -228,15 +239,23 @@ class DFlashWorker(BaseSpecWorker):
             grammar_barrier()
         return self.foresight.leads(batch, self.target.device)
 
-    def _verify(self, batch: Any, window: Window, tree: DraftTree) -> tuple[GenerationBatchResult, Tensor]:
-        """The target's pass, with logits and features at every node, and the nodes' positions [bs * w]."""
-        drafted = tree.tokens.shape[1] > 1
-        positions = window.prefix_lens[:, None] + tree.depths if drafted else window.block_positions
-        spec_info = window_input(tree.tokens, positions, tree.mask, CaptureHiddenMode.FULL)
+    def _verify(
+        self, batch: Any, window: Window, tree: DraftTree, prompts: PromptWindows | None
+    ) -> tuple[GenerationBatchResult, Tensor]:
+        """The target's pass, with logits at every node, features there and of the prompts beside them; and the nodes'
+        positions [bs * w].
+        """
+        bs, width = tree.tokens.shape
+        positions = window.prefix_lens[:, None] + tree.depths if width > 1 else window.block_positions
+        nodes = tokens, places, mask = tree.tokens, positions, tree.mask
+        columns, plan, batch.seq_lens_cpu = slice(0, width), window.plan, window.host_lens
+        if prompts is not None:
+            batch, plan = prompts.behind(batch, window, self.target)
+            tokens, places, mask = (torch.cat(both) for both in zip(nodes, prompts.rows, strict=True))
+        spec_info = window_input(tokens, places, mask, CaptureHiddenMode.FULL)
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = spec_info.draft_token
         batch.spec_info = spec_info
-        batch.seq_lens_cpu = window.host_lens
         batch.seq_lens_sum = None
         prepare_mamba_track_for_verify(batch)
         forward_batch = ForwardBatch.init_new(
@@ -244,13 +263,15 @@ class DFlashWorker(BaseSpecWorker):
             self.target,
             capture_hidden_mode=CaptureHiddenMode.FULL,
             return_hidden_states_before_norm=False,
-            kv_loc_plan=window.plan,
-            write_cols=slice(0, tree.tokens.shape[1]),
+            kv_loc_plan=plan,
+            write_cols=columns,
         )
         verified = self._target_worker.forward_batch_generation(
             batch=None, forward_batch=forward_batch, is_verify=True
         )
-        return verified, spec_info.positions
+        output = verified.logits_output
+        output.next_token_logits = output.next_token_logits[: bs * width]
+        return verified, positions.flatten()
 
     def _commit_states(self, batch: Any, walked: Walk, width: int) -> None:
         """In layers that keep one: the state behind the last walked node, and what the prefix cache keeps before."""

@@ -44,22 +44,29 @@ class Budget:
         self._saved = 0.0
         self._unseen = [0] * len(shapes)  # steps since each shape was last taken
 
-    def choose(self, requests: np.ndarray, kinds: np.ndarray, drafting: np.ndarray, sort: int = 0) -> Choice:
-        """The next step's shape; arguments as in `Choice`."""
+    def choose(
+        self,
+        requests: np.ndarray,
+        kinds: np.ndarray,
+        drafting: np.ndarray,
+        sort: int = 0,
+        fits: Sequence[bool] | None = None,
+    ) -> Choice:
+        """The next step's shape; arguments as in `Choice`. fits: which shapes this step may have, one at least; None:
+        those that have room for all requests.
+        """
         bs = len(requests)
+        fits = fits or [bs <= shape.most for shape in self.shapes]
         tokens = (bs + self.gain.expected(requests[drafting]).sum(0)).tolist()
         shape = 0
         if len(self.shapes) > 1:
             seconds = self.cost.seconds(bs, sort, self.cost.checks(requests)).tolist()
-            shape = self._best_or_probe(bs, sort, tokens, seconds, bool(drafting.any()))
+            rates = [made / took if fit else 0.0 for made, took, fit in zip(tokens, seconds, fits, strict=True)]
+            shape = self._best_or_probe(bs, sort, rates, seconds, bool(drafting.any()))
         return Choice(shape, requests, kinds, drafting, sort, tokens[shape])
 
-    def _best_or_probe(self, bs: int, sort: int, tokens: list[float], seconds: list[float], drafts: bool) -> int:
+    def _best_or_probe(self, bs: int, sort: int, rates: list[float], seconds: list[float], drafts: bool) -> int:
         """In plain numbers: with arrays of so few shapes it takes twice as long, and a step waits for it."""
-        rates = [
-            made / took if bs <= shape.most else 0.0
-            for shape, made, took in zip(self.shapes, tokens, seconds, strict=True)
-        ]
         best = rates.index(max(rates))
         self._saved = min(self._saved + PROBES * seconds[best], SAVED * seconds[best])
         shape = self._probe(best, rates, seconds, self.cost.guessed(bs, sort)) if drafts else best

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
 PLAIN_ATTENTION = "plain_torch"  # SGLang's name for the attention backend in plain_attention.py
+# A verify pass reads at most so many tokens of prompts beside its trees, in windows like theirs. These see the keys of
+# others: so passes of so many windows or more write all keys before any is read.
+PROMPT_TOKENS, FEWEST_WINDOWS = 512, 8
+# Requests with whom prompts are read. Where fewer run, prompts come so seldom that nothing is gained (at 16; at 64 a
+# fifth), and a first token comes sooner from a pass of its own.
+LEAST_RUNNING = 32
 
 
 class Need(Enum):
@@ -79,3 +85,13 @@ def _make_plain_attention(runner: Any) -> Any:
     from sglang_dflash.platforms.plain_attention import PlainAttnBackend
 
     return PlainAttnBackend(runner)
+
+
+def windows_beside(width: int) -> int:
+    """Windows of prompts that a pass of this width has room for; those of one token would be too many."""
+    return PROMPT_TOKENS // width if width > 1 else 0
+
+
+def eager_windows(original: Callable[[int], int], requests: int) -> int:
+    """Around SGLang's count of what its passes without a CUDA graph have room for."""
+    return original(requests) + windows_beside(2)

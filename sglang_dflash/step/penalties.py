@@ -93,14 +93,15 @@ class Penalties:
         Rows that decode beside them in a mixed batch go on.
         """
         decoding = {id(req) for req in batch.decoding_reqs or ()}
-        self._begin([req for req in batch.reqs if id(req) not in decoding])
+        self.begin([req for req in batch.reqs if id(req) not in decoding])
         return self.at(batch.req_pool_indices, batch.seq_lens - 1) if any(map(penalised, batch.reqs)) else None
 
     def emitted(self, requests: Tensor, tokens: Tensor, lens: Tensor) -> None:
         """A pass with penalised requests has emitted the first lens [bs] int32 of tokens [bs, n] int64."""
         kernels.count_emitted(self._emitted, requests, tokens, lens)
 
-    def _begin(self, reqs: list[Any]) -> None:
+    def begin(self, reqs: list[Any]) -> None:
+        """Count anew what these requests have emitted."""
         places = dict.fromkeys(self._let_go({req.kv.req_pool_idx for req in reqs}), -1)
         asked = [req for req in reqs if penalised(req)]
         self._make_room(len(asked))

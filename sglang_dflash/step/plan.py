@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +12,12 @@ from torch import Tensor
 from sglang_dflash.budget import Budget, Choice, Shape
 from sglang_dflash.metrics import Clock, StepLog, StepMetrics
 from sglang_dflash.options import Options
+from sglang_dflash.platforms import FEWEST_WINDOWS, LEAST_RUNNING, windows_beside
 from sglang_dflash.step import ranks
 from sglang_dflash.step.grammar import Grammars
 from sglang_dflash.step.penalties import penalised
+
+_NONE: Mapping[Any, Sized] = {}
 
 
 @dataclass(frozen=True)
@@ -44,41 +47,65 @@ class Planner:
         self._in_flight = 0  # steps planned whose results have not come
         self._results: list[tuple[Step, np.ndarray | None, np.ndarray, list[int]]] = []  # that came, not taken in yet
         self._known: tuple[list[Any], np.ndarray, np.ndarray] = [], *_numbers_and_kinds([])
+        # Windows that a pass may have, prompts' among them.
+        self._room = [min(shape.most, requests - 1) + windows_beside(shape.verified) for shape in options.shapes]
 
     def expect(self, verify: dict[int, dict[int, float]], draft: dict[int, dict[int, float]]) -> None:
         """Seconds of verify and draft passes by width, then by requests, measured before serving."""
         for index, shape in enumerate(self._shapes):
             sizes, seconds = np.array(sorted(verify[shape.verified].items())).T
+            self._room[index] = int(sizes[-1])
             if shape.nodes:
                 seconds = seconds + np.interp(sizes, *np.array(sorted(draft[shape.block].items())).T)
             self.budget.cost.expect(index, sizes, seconds)
 
-    def prefill(self, batch: Any) -> None:
-        """New requests come in: nothing is known of them, and what this takes is no step's cost."""
+    def begin(self, reqs: Sequence[Any]) -> None:
+        """New requests come in, of which nothing is known."""
         self.catch_up()  # results of others that had the same numbers
-        running = {id(req) for req in batch.decoding_reqs or ()}  # in a mixed batch
-        new = [req for req in batch.reqs if id(req) not in running]
-        requests, kinds = _numbers_and_kinds(new)
+        requests, kinds = _numbers_and_kinds(reqs)
         self.budget.gain.begin(requests, kinds)
-        self.budget.cost.begin(requests, np.array([req.grammar is not None for req in new], dtype=bool))
-        self._before = None
+        self.budget.cost.begin(requests, np.array([req.grammar is not None for req in reqs], dtype=bool))
         self._known = [], *_numbers_and_kinds([])
 
-    def plan(self, batch: Any) -> Step:
-        """The next step of a batch, from now on."""
+    def prefill(self, batch: Any) -> None:
+        """A batch was prefilled: what that took is no step's cost."""
+        running = {id(req) for req in batch.decoding_reqs or ()}  # in a mixed batch
+        self.begin([req for req in batch.reqs if id(req) not in running])
+        self._before = None
+
+    def has_room(self, requests: int, lengths: Sequence[int]) -> bool:
+        """Whether prompts of these lengths should be read beside so many requests: where some tree's pass can."""
+        fits = self._fits(requests, lengths)
+        return requests >= LEAST_RUNNING and any(fits[1:] or fits)
+
+    def plan(self, batch: Any, prompts: Mapping[Any, Sized] = _NONE) -> Step:
+        """The next step of a batch, from now on. prompts: what it is to read of some requests' first: such a step is no
+        example of what others cost, nor do drafts without a context tell of those to come.
+        """
         if batch.reqs != self._known[0]:  # most are those of the step before: then only identities are compared
             self._known = batch.reqs[:], *_numbers_and_kinds(batch.reqs)
         _, requests, kinds = self._known
         some_penalised = any(map(penalised, batch.reqs))
         sort = int(batch.has_grammar) + 2 * some_penalised  # what else the host does: masks, penalties
-        choice = self.budget.choose(requests, kinds, np.array(batch.spec_info.drafting), sort)
+        drafting, fits = np.array(batch.spec_info.drafting), None
+        if reads := any(map(len, prompts.values())):
+            fits = self._fits(len(batch.reqs), [*map(len, prompts.values())])
+            drafting &= [not len(prompts.get(req, ())) for req in batch.reqs]
+        choice = self.budget.choose(requests, kinds, drafting, sort, fits)
         if (shape := ranks.first_ranks_number(choice.shape)) != choice.shape:
             choice = replace(choice, shape=shape)
         clock = Clock(self._on_gpu, parts=self._metrics is not None)
         step = Step(choice, self._shapes[shape], some_penalised, clock, self._before)
-        self._before = choice, step.clock.start, 0.0
+        self._before = None if reads else (choice, step.clock.start, 0.0)
         self._in_flight += 1
         return step
+
+    def _fits(self, requests: int, lengths: Sequence[int]) -> list[bool]:
+        """Which shapes have room for prompts of these lengths beside so many requests."""
+        return [
+            requests <= shape.most and max(requests + windows(lengths, shape.verified), FEWEST_WINDOWS) <= room
+            for shape, room in zip(self._shapes, self._room, strict=True)
+        ]
 
     def checked(self, grammars: Grammars) -> None:
         """Walks of the step planned last were held to grammars."""
@@ -117,6 +144,11 @@ class Planner:
             self._log.step_done(step.choice, step.clock, lens)
         if self._metrics is not None:
             self._metrics.step_done(step.clock, step.choice.shape, lens, contexts)
+
+
+def windows(lengths: Sequence[int], width: int) -> int:
+    """How many windows of a width read prompts of these lengths."""
+    return sum(-(-length // width) for length in lengths)
 
 
 def _numbers_and_kinds(reqs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

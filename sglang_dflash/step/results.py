@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from sglang.srt.managers.utils import GenerationBatchResult, _async_d2h
+from sglang.srt.mem_cache.common import checkpoint_kv_cache
 from torch import Tensor
 
 
@@ -18,11 +19,12 @@ class StepResult(GenerationBatchResult):
     """A step's results; `live`: requests that it counts for, None before the host has settled it.
 
     nodes [bs, D + 1] int64: walked nodes, the root first. learn: told them and how many of each request's count, [bs],
-    both on the host, and the requests, before they get their tokens.
+    both on the host, and the requests, before they get their tokens. read: what the step has read of requests' prompts.
     """
 
     live: int | None = None
     nodes: Tensor | None = None
+    read: Mapping[Any, Sized] = field(default_factory=dict)
     learn: Callable[[Tensor | None, Tensor, Sequence[Any]], None] = lambda nodes, lens, reqs: None
 
     def copy_to_cpu(self, *args: Any, **kwargs: Any) -> None:
@@ -59,8 +61,24 @@ def settle_runs(
     result.learn(result.nodes, result.accept_lens, batch.reqs)
     result.live = sum(length > 0 for length in lens)
     runs = original(processor, result, batch)
+    if result.read:
+        keep(result.read, dict(zip(batch.reqs, lens, strict=True)), processor.tree_cache)
     result.num_correct_drafts = sum(lens) - result.live
     return runs
+
+
+def keep(prompts: Mapping[Any, Sized], lens: Mapping[Any, int], tree_cache: Any) -> None:
+    """These prompts have been read, and each has emitted so many tokens: as SGLang does behind a prompt's own pass, its
+    times and the prefix cache are told, and its first token alone is no step's.
+    """
+    for req, tokens in prompts.items():
+        if req.finished() or req.is_retracted:
+            continue
+        if len(tokens) and lens[req] == 1:
+            req.spec_verify_ct -= 1
+            req.spec_correct_drafts_histogram[0] -= 1
+        req.time_stats.set_prefill_finished_time()
+        checkpoint_kv_cache(req, tree_cache)
 
 
 def count_live(

@@ -8,24 +8,27 @@ import time
 from typing import Any
 
 import httpx
+import pytest
 from client import Body
-from conftest import ON_GPU, Plain, Serve
+from conftest import ON_GPU, Plain, Serve, planted
 from penalised_reference import differs_at
 
-REQUESTS = 160
+REQUESTS = 100
 PENALISED = 12  # answers with penalties that are read again, the most retracted ones
 POOL = 2048  # tokens; the requests running at once want more
 PATIENCE = (0.1, 0.3) if ON_GPU else (0.5, 2.0)  # seconds that a client which leaves waits, at least and beyond that
 
 
+@pytest.mark.parametrize("beside", ["mixed chunks", "prompts beside one"])
 def test_mixed_requests_in_a_small_pool(
-    serve: Serve, plain: Plain, short_bodies: list[Body], target_model: Any
+    serve: Serve, plain: Plain, short_bodies: list[Body], target_model: Any, beside: str
 ) -> None:
     truths = [answer["output_ids"] for answer in plain.short]
     with serve(
         "--speculative-algorithm", "DFLASH", "--speculative-num-draft-tokens", "3", "--page-size", "16",
         "--max-total-tokens", str(POOL), "--max-running-requests", "24", "--schedule-conservativeness", "0.01",
-        "--chunked-prefill-size", "256", "--enable-mixed-chunk", "--enable-metrics",
+        "--chunked-prefill-size", "256", "--enable-metrics",
+        *(["--enable-mixed-chunk"] if beside == "mixed chunks" else []), env=planted("prompts beside one"),
     ) as url:  # fmt: skip
         wrong, left, penalised = asyncio.run(_load(url, truths, short_bodies))
         assert not wrong

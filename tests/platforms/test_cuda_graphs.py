@@ -23,8 +23,9 @@ def options(causal: bool = True) -> Options:
     return Options(None, tuple(shapes), chain=False, top_k=16)  # type: ignore[arg-type]
 
 
-def runner(requests: int) -> Any:
-    return SimpleNamespace(req_to_token_pool=SimpleNamespace(size=requests))
+def runner(requests: int, windows_join: bool = False) -> Any:
+    backend = SimpleNamespace(windows_join=windows_join)
+    return SimpleNamespace(req_to_token_pool=SimpleNamespace(size=requests), attn_backend=backend)
 
 
 @pytest.fixture
@@ -51,6 +52,13 @@ def test_every_shape_has_graphs_for_all_batches_that_may_take_it(up_to_256: Any,
     assert verify.max_shared_logits_buffer_rows() == max(w * max(sizes) for w, sizes in verified.items()) <= 1024
     assert verify.decode_num_tokens_per_req(num_draft_tokens=8) == 8
     assert verify.decode_num_tokens_per_req(num_draft_tokens=99) == verify.decode_num_tokens_per_req() == 64
+
+
+def test_passes_that_read_prompts_have_graphs_of_more_windows_than_requests(up_to_256: Any) -> None:
+    verify = runner(48, windows_join=True)
+    graphs.set_widths(verify, options().verify_widths())
+    most = {width: max(sizes) for width, sizes in graphs._sizes_by_width(verify).items()}
+    assert most == {1: 48, 3: 218, 5: 150, 8: 112, 16: 80, 32: 48, 64: 2}
 
 
 def test_small_passes_have_graphs_of_powers_of_two(up_to_256: Any) -> None:

@@ -255,8 +255,8 @@ def of(change: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def on_prefill(change: Callable[[Request], Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """A plant in `Penalties._begin`: retracted requests have other outputs."""
-    begin = Penalties._begin
+    """A plant in `Penalties.begin`: retracted requests have other outputs."""
+    begin = Penalties.begin
 
     def begin_with_others(self: Penalties, reqs: list[Request]) -> None:
         kept = [req.output_ids for req in reqs]
@@ -266,7 +266,7 @@ def on_prefill(change: Callable[[Request], Any]) -> Callable[[pytest.MonkeyPatch
         for req, output in zip(reqs, kept, strict=True):
             req.output_ids = output
 
-    return lambda patch: patch.setattr(Penalties, "_begin", begin_with_others)
+    return lambda patch: patch.setattr(Penalties, "begin", begin_with_others)
 
 
 def once_written(change: Callable[[Emitted, Emitted, list[int]], None]) -> Callable[[pytest.MonkeyPatch], None]:
@@ -316,13 +316,13 @@ def stands_still(patch: pytest.MonkeyPatch) -> None:
 
 
 def begins_once(patch: pytest.MonkeyPatch) -> None:
-    begin = Penalties._begin
+    begin = Penalties.begin
 
     def of_the_unknown(self: Penalties, reqs: list[Request]) -> None:
         known = [req for _, req in self._rows.values()]
         begin(self, [req for req in reqs if req not in known])
 
-    patch.setattr(Penalties, "_begin", of_the_unknown)
+    patch.setattr(Penalties, "begin", of_the_unknown)
 
 
 def begins_all_anew(patch: pytest.MonkeyPatch) -> None:

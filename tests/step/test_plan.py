@@ -38,7 +38,8 @@ def batch(*reqs: Any, decoding: list[Any] | None = None, drafting: list[bool] | 
 
 @pytest.fixture
 def planner() -> Planner:
-    return Planner(Options(None, SHAPES, chain=False, top_k=16), 9, on_gpu=False, metrics=None)  # type: ignore[arg-type]
+    options = Options(None, SHAPES, chain=False, top_k=16)  # type: ignore[arg-type]
+    return Planner(options, 9, on_gpu=False, metrics=None)
 
 
 def come_to(planner: Planner, step: Any, lens: list[int]) -> None:

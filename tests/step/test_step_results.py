@@ -23,6 +23,7 @@ from sglang_dflash.step.results import StepResult, count_live, emitted, settle_r
 TEXT = "Take 3 apples a day.\nThen add: 4 + 5 = 9.\n\nAnd stop, please; or go on (as you like)."
 
 PROCESSOR = object.__new__(SchedulerBatchResultProcessor)  # what is asked of it here needs no state
+object.__setattr__(PROCESSOR, "tree_cache", None)
 
 
 @pytest.fixture(scope="module")

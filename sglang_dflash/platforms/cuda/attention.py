@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from torch import Tensor
 
 from sglang_dflash import kernels
 from sglang_dflash.kernels.attention import Sight
+from sglang_dflash.platforms import FEWEST_WINDOWS
 from sglang_dflash.platforms.cuda import check_room
 from sglang_dflash.platforms.sight import sight_of
 
@@ -29,12 +31,14 @@ class WindowAttention(AttentionBackend):
     window are written by the same kernel that attends to them.
 
     reach: how many tokens of the prefix, the last ones, a window pass sees; 0: all. masks_are_causal: a pass's mask
-    names no later token, so that no layer needs to leave one out.
+    names no later token, so that no layer needs to leave one out. windows_join: a pass of FEWEST_WINDOWS or more may
+    have windows whose prefix is another one of the same pass: there all keys are written before any is read.
     """
 
     needs_cpu_seq_lens = False  # bounds do, and a prefill's lengths are the host's own
     reach = 0
     masks_are_causal = True
+    windows_join = False
 
     def pages(self, own_pool: bool) -> tuple[Tensor, int]:
         """Where the prefixes of this pass are: [bs, P] int32, and how many slots a page has. own_pool: in that of
@@ -93,6 +97,7 @@ class WindowAttention(AttentionBackend):
 
     def _bind(self, prefix_lens: Tensor, mask: Tensor) -> None:
         self._prefix_lens, self._mask = prefix_lens, mask
+        self._keys_first = self.windows_join and len(prefix_lens) >= FEWEST_WINDOWS
 
     def _begin(self) -> None:
         """Before a pass's layers: a captured graph holds what is launched from here on."""
@@ -117,6 +122,10 @@ class WindowAttention(AttentionBackend):
         )
         slots = self.own_slots() if self._has_own_pool(layer) else forward_batch.out_cache_loc
         window = slots if save_kv_cache else None
+        if self._keys_first and save_kv_cache:
+            written = KVWriteLoc.for_batch(forward_batch)
+            self.token_to_kv_pool.set_kv_buffer(layer, written, k, v, layer.k_scale, layer.v_scale)
+            window = None
         out = self._attend(q, k, v, layer, window, sight, *self._seen_by(sight, forward_batch), sinks)
         return out.view(len(out), -1)
 

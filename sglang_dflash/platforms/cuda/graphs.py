@@ -15,6 +15,7 @@ from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.runtime_context import get_exec
 
+from sglang_dflash.platforms import LEAST_RUNNING, windows_beside
 from sglang_dflash.platforms.cuda import parts_of
 from sglang_dflash.platforms.cuda.attention import WindowAttention
 
@@ -41,9 +42,14 @@ def set_widths(runner: Any, widths: dict[int, int]) -> None:
 
 
 def _sizes_by_width(runner: Any) -> dict[int, list[int]]:
-    """Batch sizes to capture: SGLang's largest, or the user's, bounds all of them; the largest passes come first."""
+    """Batch sizes to capture: SGLang's largest, or the user's, bounds how many requests all of them have, and beside
+    these there may be windows of prompts; the largest passes come first.
+    """
+    joins = parts_of(runner.attn_backend)[0].windows_join
     largest = min(max(get_exec().graph.cuda_graph_config.decode.bs), runner.req_to_token_pool.size)
     bounds = {width: min(most, largest) for width, most in runner.window_widths.items()}
+    if joins:
+        bounds = {w: most + (windows_beside(w) if most >= LEAST_RUNNING else 0) for w, most in bounds.items()}
     by_width = {}
     for width, bound in sorted(bounds.items(), key=lambda item: (item[0] * item[1], item[0]), reverse=True):
         sizes = {size for size in SIZES if size * width > FEW_TOKENS or size.bit_count() == 1}

@@ -1,6 +1,6 @@
 """An SGLang plug-in for tests: puts a draft that knows the answers, or a bug, into a server that has this folder on
 its PYTHONPATH. DFLASH_PLANT says which: the path of a file of known answers, "prefer the draft", "a neighbour's
-settings", or "any shape".
+settings", "any shape", or "prompts beside one".
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ def register() -> None:
     elif os.environ["DFLASH_PLANT"] == "any shape":
         HookRegistry.register("sglang_dflash.budget.choice.Budget.choose", choose_any_shape, HookType.AROUND)
         HookRegistry.register("sglang_dflash.step.draft_pass.grow", grow_by_rank, HookType.AROUND)
+        HookRegistry.register("sglang_dflash.step.plan.Planner.has_room", has_room_beside_one, HookType.AROUND)
+    elif os.environ["DFLASH_PLANT"] == "prompts beside one":
+        HookRegistry.register("sglang_dflash.step.plan.Planner.has_room", has_room_beside_one, HookType.AROUND)
     elif os.environ["DFLASH_PLANT"] == "a neighbour's settings":
         HookRegistry.register("sglang_dflash.step.sampling.settings_of", settings_of_the_next, HookType.AROUND)
     else:
@@ -37,8 +40,15 @@ def register() -> None:
 def choose_any_shape(choose: Any, budget: Any, *batch: Any) -> Any:
     """Whatever pays: shapes from step to step as chance will have them, nothing at all among them."""
     choice = choose(budget, *batch)
-    shapes = [index for index, shape in enumerate(budget.shapes) if len(choice.requests) <= shape.most]
+    *_, fits = batch
+    shapes = [i for i, shape in enumerate(budget.shapes) if (fits[i] if fits else len(choice.requests) <= shape.most)]
     return dataclasses.replace(choice, shape=random.SystemRandom().choice(shapes))  # another one for each rank
+
+
+def has_room_beside_one(original: Any, planner: Any, requests: int, lengths: Any) -> bool:
+    """Prompts are read in verify passes beside however few requests."""
+    fits = planner._fits(requests, lengths)
+    return any(fits[1:] or fits)
 
 
 def grow_by_rank(grow: Any, lattice: Any, bonus: torch.Tensor, nodes: int) -> Any:
