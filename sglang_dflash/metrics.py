@@ -93,6 +93,9 @@ class StepMetrics:
         self._seconds = [seconds.labels(**labels, part=part) for part in ("draft", "verify", "other")]
         shapes = Counter("sglang:dflash_shape_steps", "Steps of batches, by drafted nodes.", [*names, "nodes"])
         self._shapes = [shapes.labels(**labels, nodes=str(shape.nodes)) for shape in options.shapes]
+        self._prompts = Counter(
+            "sglang:dflash_prompts_beside", "Prompts that verify passes read beside their trees.", names
+        ).labels(**labels)
         by_context = [*names, "context"]
         steps = Counter("sglang:dflash_context_steps", "Steps of requests, by tokens of context up to.", by_context)
         tokens = Counter("sglang:dflash_context_tokens", "Tokens that these steps emitted.", by_context)
@@ -101,10 +104,11 @@ class StepMetrics:
             [counter.labels(**labels, context=bound) for bound in bounds] for counter in (steps, tokens)
         )
 
-    def step_done(self, clock: Clock, shape: int, lens: np.ndarray, contexts: list[int]) -> None:
+    def step_done(self, clock: Clock, shape: int, lens: np.ndarray, contexts: list[int], prompts: int) -> None:
         """Count a step whose results reached the host. shape: its index; lens [bs]: emitted tokens, 0 of a request that
-        had ended before; contexts [bs]: tokens before them.
+        had ended before; contexts [bs]: tokens before them; prompts: how many it read.
         """
+        self._prompts.inc(prompts)
         for counter, seconds in zip(self._seconds, clock.parts(), strict=True):
             counter.inc(seconds)
         self._shapes[shape].inc(bool(lens.any()))  # a pass beyond all requests' ends counts nowhere
@@ -133,14 +137,15 @@ class StepLog:
     def _begin(self) -> None:
         self._steps = [0] * len(self._shapes)
         self._tokens = self._expected = 0.0
-        self._requests, self._seconds = 0, 0.0
+        self._requests, self._prompts, self._seconds = 0, 0, 0.0
 
-    def step_done(self, choice: Choice, clock: Clock, lens: np.ndarray) -> None:
-        """Take in a step whose results reached the host; lens as in `StepMetrics`."""
+    def step_done(self, choice: Choice, clock: Clock, lens: np.ndarray, prompts: int) -> None:
+        """Take in a step whose results reached the host; lens and prompts as in `StepMetrics`."""
         self._steps[choice.shape] += 1
         self._tokens += int(lens.sum())
         self._expected += choice.tokens
         self._requests += int(np.count_nonzero(lens))
+        self._prompts += prompts
         self._seconds += clock.seconds()
         if time.monotonic() - self._since >= self.EVERY:
             logger.info("DFLASH: %s.", self._told())
@@ -158,7 +163,7 @@ class StepLog:
         return (
             f"{steps} steps of {requests / steps:.1f} requests, {1e3 * self._seconds / steps:.1f} ms each; "
             f"{self._tokens / requests:.2f} tokens a request ({self._expected / requests:.2f} expected); "
-            f"{', '.join(shares)}"
+            f"{', '.join(shares)}{f'; {self._prompts} prompts read beside' if self._prompts else ''}"
         )
 
 

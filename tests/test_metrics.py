@@ -56,12 +56,13 @@ def test_a_step_is_counted_under_them(server_args: Any) -> None:
     clock.done()
     assert metrics is not None
     emitted = np.array([3, 0, 1, 5, 1, 2])  # the second request had ended before
-    metrics.step_done(clock, 1, emitted, contexts=[512, 512, 513, 9000, 40_000, 100])
+    metrics.step_done(clock, 1, emitted, contexts=[512, 512, 513, 9000, 40_000, 100], prompts=2)
     labels = {name: str(value) for name, value in sglangs_labels(server_args).items()}
     assert prometheus_client.REGISTRY.get_sample_value("sglang:dflash_tree_nodes", labels) == 31
     told = {name: prometheus_client.REGISTRY.get_sample_value(f"sglang:dflash_{name}_total", {**labels, **more})
-            for name, more in (("shape_steps", {"nodes": "31"}), ("steps", {}), ("accepted_drafts", {"depth": "2"}))}
-    assert told == {"shape_steps": 1, "steps": 5, "accepted_drafts": 2}
+            for name, more in (("shape_steps", {"nodes": "31"}), ("steps", {}), ("accepted_drafts", {"depth": "2"}),
+                               ("prompts_beside", {}))}
+    assert told == {"shape_steps": 1, "steps": 5, "accepted_drafts": 2, "prompts_beside": 2}
     behind = [
         prometheus_client.REGISTRY.get_sample_value(f"sglang:dflash_context_{name}_total", {**labels, "context": bound})
         for name in ("steps", "tokens")

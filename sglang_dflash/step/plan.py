@@ -24,7 +24,7 @@ _NONE: Mapping[Any, Sized] = {}
 class Step:
     """One step: what was chosen for it, and when its parts ended. penalised: whether one of its requests is. before:
     the step that it followed without a break, as its choice, its start and the host's seconds for its grammars; None
-    behind a prefill.
+    behind a prefill. prompts: how many it reads.
     """
 
     choice: Choice
@@ -32,6 +32,7 @@ class Step:
     penalised: bool
     clock: Clock
     before: tuple[Choice, Any, float] | None
+    prompts: int = 0
 
 
 class Planner:
@@ -95,7 +96,7 @@ class Planner:
         if (shape := ranks.first_ranks_number(choice.shape)) != choice.shape:
             choice = replace(choice, shape=shape)
         clock = Clock(self._on_gpu, parts=self._metrics is not None)
-        step = Step(choice, self._shapes[shape], some_penalised, clock, self._before)
+        step = Step(choice, self._shapes[shape], some_penalised, clock, self._before, len(prompts))
         self._before = None if reads else (choice, step.clock.start, 0.0)
         self._in_flight += 1
         return step
@@ -141,9 +142,9 @@ class Planner:
             self.budget.took(choice, step.clock.since(start), checks)
         self.budget.learn(step.choice, nodes, lens)
         if self._log is not None:
-            self._log.step_done(step.choice, step.clock, lens)
+            self._log.step_done(step.choice, step.clock, lens, step.prompts)
         if self._metrics is not None:
-            self._metrics.step_done(step.clock, step.choice.shape, lens, contexts)
+            self._metrics.step_done(step.clock, step.choice.shape, lens, contexts, step.prompts)
 
 
 def windows(lengths: Sequence[int], width: int) -> int:

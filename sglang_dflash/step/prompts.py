@@ -183,7 +183,9 @@ def _prompts_of(new: Any) -> list[Prompt]:
 
 def _is_plain(req: Any) -> bool:
     others = req.multimodal_inputs, req.session, req.beam_group, req.token_indices_to_pool, req.discard_output_reason
-    return all(x is None for x in others) and req.sampling_params.max_new_tokens > 0
+    # While the result of a prompt's chunk is to come, SGLang takes it for a step's, which ends requests of one token.
+    whole = req.inflight_middle_chunks == 0
+    return whole and req.sampling_params.max_new_tokens > 0 and all(x is None for x in others)
 
 
 def _carry_of(new: Any, future_map: Any, forward_stream: Any) -> Carry:

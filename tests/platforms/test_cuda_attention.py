@@ -19,6 +19,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_dflash import kernels
+from sglang_dflash.platforms import FEWEST_WINDOWS
 from sglang_dflash.platforms.cuda import SHORT_PREFIX
 from sglang_dflash.platforms.cuda.graphs import capture_passes
 
@@ -206,6 +207,24 @@ def test_each_way_calls_its_kernels(
         named = calls[0][1][-1]
         assert named["causal"] is False
         assert named["cache_seqlens"].tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("windows", [FEWEST_WINDOWS - 1, FEWEST_WINDOWS])
+@pytest.mark.parametrize("join", [False, True])
+def test_where_windows_see_each_other_all_keys_are_written_before_any_is_read(
+    backend: Any, monkeypatch: pytest.MonkeyPatch, windows: int, join: bool
+) -> None:
+    calls: list[Any] = []
+    backend.token_to_kv_pool.set_kv_buffer = lambda layer, where, k, v, *scales: calls.append(("write", where.loc))
+    monkeypatch.setattr(kernels, "tree_attention", lambda *a: calls.append(("read", a[9])) or a[0])
+    backend.windows_join = join
+    given = batch(NARROW, [5] * windows, None, SHORT_PREFIX)
+    given.out_cache_loc_is_physical = True
+    backend.init_forward_metadata(given)
+    q, k, v = (torch.zeros(windows * NARROW, heads * DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    backend.forward_extend(q, k, v, layer(k_scale=None, v_scale=None), given)
+    first = [("write", "slots"), ("read", None)]
+    assert calls == (first if join and windows == FEWEST_WINDOWS else [("read", "slots")])
 
 
 @pytest.fixture

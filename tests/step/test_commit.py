@@ -118,3 +118,23 @@ def test_roots_alone_stay_where_they_are_and_their_graph_has_written_their_conte
     else:
         ((written, positions, at),) = told
         assert written is features and positions is lens and at.tolist() == [40, 0]
+
+
+@pytest.mark.parametrize("w", [1, W])
+def test_what_was_read_of_prompts_gets_its_context_behind_what_walks_accepted(w: int) -> None:
+    told: list[tuple[Tensor, ...]] = []
+    draft = SimpleNamespace(options=SimpleNamespace(chain=True), write_context=lambda *given: told.append(given))
+    window = SimpleNamespace(slots=torch.arange(2 * w).view(2, w) + 40, prefix_lens=torch.tensor([7, 9]))
+    nodes = torch.tensor([[0, 1], [0, 0]])[:, :w]
+    walked = Walk(nodes, nodes, torch.tensor([min(w, 2), 1], dtype=torch.int32), nodes[:, -1])
+    tree = SimpleNamespace(tokens=torch.zeros(2, w))
+    rows = torch.arange(3 * w).view(3, w)
+    prompts = SimpleNamespace(positions=rows + 100, slots=rows + 200)
+    features = torch.arange(5 * w)[:, None]  # of two trees and three windows
+    commit(window, tree, walked, features, [], draft, False, prompts)  # type: ignore[arg-type]
+    ((written, positions, slots),) = told
+    assert written[-3 * w :, 0].tolist() == [*range(2 * w, 5 * w)]
+    assert positions[-3 * w :].tolist() == [*range(100, 100 + 3 * w)]
+    assert slots[-3 * w :].tolist() == [*range(200, 200 + 3 * w)]
+    accepted = {(int(f), int(p), int(s)) for f, p, s in zip(written[: -3 * w, 0], positions, slots, strict=False) if s}
+    assert accepted == {(0, 7, 40), (w, 9, 40 + w)} | ({(1, 8, 41)} if w > 1 else set())

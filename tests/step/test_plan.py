@@ -18,10 +18,17 @@ from sglang_dflash.step.plan import Planner
 SHAPES = (Shape(0, 0, 1, 99), Shape(2, 2, 3, 99), Shape(7, 7, 8, 4))
 
 
+class Req(SimpleNamespace):
+    """SGLang's are told apart by identity."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
 def request(number: int, grammar: Any = None, **params: Any) -> Any:
     sampling = SamplingParams(**{"temperature": 0.0, **params})
     sampling.normalize(None)
-    return SimpleNamespace(
+    return Req(
         kv=SimpleNamespace(req_pool_idx=number),
         sampling_params=sampling,
         origin_input_ids=[1] * 9,
@@ -38,8 +45,12 @@ def batch(*reqs: Any, decoding: list[Any] | None = None, drafting: list[bool] | 
 
 @pytest.fixture
 def planner() -> Planner:
+    return planner_for(8)
+
+
+def planner_for(requests: int) -> Planner:
     options = Options(None, SHAPES, chain=False, top_k=16)  # type: ignore[arg-type]
-    return Planner(options, 9, on_gpu=False, metrics=None)
+    return Planner(options, requests + 1, on_gpu=False, metrics=None)
 
 
 def come_to(planner: Planner, step: Any, lens: list[int]) -> None:
@@ -162,6 +173,37 @@ def test_the_log_says_what_was_chosen(
 
 def test_contexts_are_gathered_where_metrics_want_them(planner: Planner) -> None:
     told: list[list[int]] = []
-    planner._metrics = SimpleNamespace(step_done=lambda clock, shape, lens, contexts: told.append(contexts))  # type: ignore[assignment]
+    planner._metrics = SimpleNamespace(step_done=lambda clock, shape, lens, contexts, _: told.append(contexts))  # type: ignore[assignment]
     come_to(planner, planner.plan(batch(request(1), request(2))), [1, 1])
     assert told == [[10, 10]]
+
+
+def test_a_step_that_reads_prompts_is_no_example_and_who_has_no_context_does_not_draft(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(planner.budget.cost, "took", lambda requests, *_: told.append(requests))
+    new, hit, running = request(2), request(3), batch(request(1))
+    steps = [planner.plan(running)]
+    joined = batch(*running.reqs, new, hit)
+    steps.append(planner.plan(joined, {new: [7] * 5, hit: []}))
+    assert steps[-1].choice.drafting.tolist() == [True, False, True] and steps[-1].prompts == 2
+    steps += [planner.plan(joined, {hit: []}), planner.plan(joined)]
+    for step in steps:
+        step.clock.done()
+        come_to(planner, step, [1] * len(step.choice.requests))
+    assert told == [1, 3]  # not the one that read five tokens
+
+
+def test_prompts_are_read_where_a_tree_has_room_for_their_windows_beside_many() -> None:
+    planner = planner_for(100)
+    assert planner.has_room(40, [512])  # 171 windows of the tree of two nodes
+    assert not planner.has_room(40, [900]) and not planner.has_room(31, [3]) and not planner.has_room(100, [3])
+
+
+def test_a_shape_without_room_for_what_is_to_be_read_is_not_chosen(planner: Planner) -> None:
+    few, many = ([request(n + 1) for n in range(count)] for count in (3, 8))
+    planner.budget.gain._mean[:, 2] = 99.0  # the largest tree would pay
+    assert planner.plan(batch(*few), {few[0]: [5] * 400}).shape.nodes == 7
+    assert planner.plan(batch(*few), {few[0]: [5] * 525}).shape.nodes == 2
+    assert planner.plan(batch(*many), {many[0]: [5] * 9}).shape.nodes == 2
