@@ -26,7 +26,7 @@ VERSIONS = ("sglang", "torch", "flashinfer-python", "sglang-dflash")
 NAMES = {
     "none": "no speculation", "full": "no speculation, prefills in one launch", "own": "SGLang's own DFLASH",
     "ours": "ours", "best": "ours, best fixed tree", "plain": "ours, nothing drafted",
-    "useless": "ours, a draft of random weights",
+    "useless": "ours, a draft of random weights", "apart": "ours, each prompt a pass of its own",
 }  # fmt: skip
 CHOSEN = re.compile(r'^sglang:dflash_shape_steps_total\{.*nodes="(\d+)".*\} (\S+)$', re.MULTILINE)
 TAKEN = re.compile(r'^sglang:dflash_step_seconds_total\{.*part="(\w+)".*\} (\S+)$', re.MULTILINE)
@@ -37,6 +37,7 @@ def main(
     files: list[Path],
     device: Annotated[str, typer.Option(help="what the servers ran on, and how many of them side by side")],
     draft: Annotated[str, typer.Option()] = "embedded, widened",
+    others: Annotated[Path | None, typer.Option(help="an OUT whose rows of loads that FILES do not have stand")] = None,
 ) -> None:
     """Write OUT and its plot, and print its tables: the README's, and all rows."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -49,6 +50,9 @@ def main(
         for line in file.read_text().splitlines():
             _add(rows, benchmark, int(temperature), server, json.loads(line))
     table = [rows[key] for key in sorted(rows, key=str)]
+    if others is not None:
+        asked = {_load_of(row) for row in table}
+        table += [row for row in json.loads(others.read_text())["rows"] if _load_of(row) not in asked]
     versions = {name: version(name) for name in VERSIONS}
     out.write_text(json.dumps({"device": device, "draft": draft, "versions": versions, "rows": table}, indent=1) + "\n")
     draw(out)
@@ -139,6 +143,10 @@ def print_loads(table: list[dict[str, Any]]) -> None:
         print(f"| {load} |", " | ".join(cells), f"| {' / '.join(chosen)} |")
 
 
+def _load_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["benchmark"], row["temperature"], row["concurrency"]
+
+
 def _times(row: dict[str, Any], none: dict[str, Any] | None) -> str:
     speed = median(row["tok_s"])
     return f"{speed / median(none['tok_s']):.2f}x" if none else f"{speed:,.0f} tok/s"
@@ -183,15 +191,11 @@ def draw(file: Path) -> Path:
 
 def _print(table: list[dict[str, Any]]) -> None:
     """As Markdown: medians, and speeds as ratios to none where it was asked the same."""
-    plain = {
-        (row["benchmark"], row["temperature"], row["concurrency"]): median(row["tok_s"])
-        for row in table
-        if row["server"] == "none"
-    }
+    plain = {_load_of(row): median(row["tok_s"]) for row in table if row["server"] == "none"}
     print("| benchmark | temperature | at once | server | tok/s | x none | first token, ms | p99 | accept length |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in sorted(table, key=lambda row: (row["benchmark"], row["temperature"], row["concurrency"], row["server"])):
-        speed, none = median(row["tok_s"]), plain.get((row["benchmark"], row["temperature"], row["concurrency"]))
+        speed, none = median(row["tok_s"]), plain.get(_load_of(row))
         name = f"ours, {row['tree']}" if row["tree"] else row["server"]
         first, last = median(row["ttft_ms"]), median(row["ttft_p99_ms"])
         print(
