@@ -35,6 +35,7 @@ from sglang_dflash.arguments import options_of
 from sglang_dflash.checkpoints import Checkpoint
 from sglang_dflash.kernels import Leads
 from sglang_dflash.metrics import step_metrics
+from sglang_dflash.platforms import WITH_PROMPTS
 from sglang_dflash.step import ranks
 from sglang_dflash.step.carry import Carry
 from sglang_dflash.step.commit import commit
@@ -191,7 +192,8 @@ class DFlashWorker(BaseSpecWorker):
             self.planner.begin([*joined])
         step = self.planner.plan(batch, joined)
         slot_table = self.target.req_to_token_pool.req_to_token
-        prompts = PromptWindows.of(joined, step.shape.verified, len(batch.reqs), slot_table)
+        least = WITH_PROMPTS - len(batch.reqs) if slot_table.is_cuda else 0  # in plain attention keys always come first
+        prompts = PromptWindows.of(joined, step.shape.verified, least, slot_table)
         window = Window.open(batch, self.target, step.shape, self.options.draft.mask_token_id)
         leads = partial(self._leads, batch, grammar_barrier)
         tree = self.draft.draft(batch, window, step.shape, step.penalised, leads)
@@ -247,11 +249,11 @@ class DFlashWorker(BaseSpecWorker):
         """
         bs, width = tree.tokens.shape
         positions = window.prefix_lens[:, None] + tree.depths if width > 1 else window.block_positions
-        nodes = tokens, places, mask = tree.tokens, positions, tree.mask
+        tokens, places, mask = rows = tree.tokens, positions, tree.mask
         columns, plan, batch.seq_lens_cpu = slice(0, width), window.plan, window.host_lens
         if prompts is not None:
             batch, plan = prompts.behind(batch, window, self.target)
-            tokens, places, mask = (torch.cat(both) for both in zip(nodes, prompts.rows, strict=True))
+            tokens, places, mask = (torch.cat(both) for both in zip(rows, prompts.rows, strict=True))
         spec_info = window_input(tokens, places, mask, CaptureHiddenMode.FULL)
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = spec_info.draft_token

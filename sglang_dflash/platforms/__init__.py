@@ -8,12 +8,11 @@ from enum import Enum, auto
 from typing import Any
 
 PLAIN_ATTENTION = "plain_torch"  # SGLang's name for the attention backend in plain_attention.py
-# A verify pass reads at most so many tokens of prompts beside its trees, in windows like theirs. These see the keys of
+# Requests with whom prompts are read in verify passes. Where fewer run, prompts come so seldom that nothing is gained
+# (at 16; at 64 a fifth), and a first token comes sooner from a pass of its own. A prompt's windows see the keys of
 # others: so passes of so many windows or more write all keys before any is read.
-PROMPT_TOKENS, FEWEST_WINDOWS = 512, 8
-# Requests with whom prompts are read. Where fewer run, prompts come so seldom that nothing is gained (at 16; at 64 a
-# fifth), and a first token comes sooner from a pass of its own.
-LEAST_RUNNING = 32
+WITH_PROMPTS = 32
+PROMPT_TOKENS = 512  # of prompts that a verify pass reads at most, in windows like those of its trees
 
 
 class Need(Enum):

@@ -12,7 +12,7 @@ from torch import Tensor
 from sglang_dflash.budget import Budget, Choice, Shape
 from sglang_dflash.metrics import Clock, StepLog, StepMetrics
 from sglang_dflash.options import Options
-from sglang_dflash.platforms import FEWEST_WINDOWS, LEAST_RUNNING, windows_beside
+from sglang_dflash.platforms import WITH_PROMPTS, windows_beside
 from sglang_dflash.step import ranks
 from sglang_dflash.step.grammar import Grammars
 from sglang_dflash.step.penalties import penalised
@@ -77,7 +77,7 @@ class Planner:
     def has_room(self, requests: int, lengths: Sequence[int]) -> bool:
         """Whether prompts of these lengths should be read beside so many requests: where some tree's pass can."""
         fits = self._fits(requests, lengths)
-        return requests >= LEAST_RUNNING and any(fits[1:] or fits)
+        return requests >= WITH_PROMPTS and any(fits[1:] or fits)
 
     def plan(self, batch: Any, prompts: Mapping[Any, Sized] = _NONE) -> Step:
         """The next step of a batch, from now on. prompts: what it is to read of some requests' first: such a step is no
@@ -91,6 +91,8 @@ class Planner:
         drafting, fits = np.array(batch.spec_info.drafting), None
         if reads := any(map(len, prompts.values())):
             fits = self._fits(len(batch.reqs), [*map(len, prompts.values())])
+            if not any(fits):  # others came from a pass of their own meanwhile: the smallest tree's has no graph then
+                fits[min(1, len(fits) - 1)] = True
             drafting &= [not len(prompts.get(req, ())) for req in batch.reqs]
         choice = self.budget.choose(requests, kinds, drafting, sort, fits)
         if (shape := ranks.first_ranks_number(choice.shape)) != choice.shape:
@@ -104,7 +106,7 @@ class Planner:
     def _fits(self, requests: int, lengths: Sequence[int]) -> list[bool]:
         """Which shapes have room for prompts of these lengths beside so many requests."""
         return [
-            requests <= shape.most and max(requests + windows(lengths, shape.verified), FEWEST_WINDOWS) <= room
+            requests <= shape.most and max(requests + windows(lengths, shape.verified), WITH_PROMPTS) <= room
             for shape, room in zip(self._shapes, self._room, strict=True)
         ]
 

@@ -18,7 +18,6 @@ from sglang.srt.managers.schedule_batch import NextBatchPlan
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from torch import Tensor
 
-from sglang_dflash.platforms import FEWEST_WINDOWS
 from sglang_dflash.step.carry import Carry
 from sglang_dflash.step.plan import Planner, windows
 from sglang_dflash.step.window import Window
@@ -86,7 +85,7 @@ def join_running(original: Callable[[Any, Any], Any], scheduler: Any, running_ba
     if not scheduler.model_worker.prompts.join(new, running, *relay):
         return plan
     scheduler.processed_tokens_counter += new.extend_num_tokens
-    scheduler.metrics_reporter.report_prefill_stats(new, new.prefill_stats, can_run_cuda_graph=True)
+    scheduler.metrics_reporter.report_prefill_stats(new, new.prefill_stats, new.seq_lens.is_cuda)
     return NextBatchPlan(batch_to_run=None, running_batch=running)
 
 
@@ -119,13 +118,13 @@ class PromptWindows:
     host_lens: Tensor
 
     @classmethod
-    def of(cls, prompts: dict[Any, Prompt], w: int, bs: int, slot_table: Tensor) -> PromptWindows | None:
-        """For a pass of bs other windows; None where nothing is to be read. slot_table: SGLang's, slots by position."""
+    def of(cls, prompts: dict[Any, Prompt], w: int, least: int, slot_table: Tensor) -> PromptWindows | None:
+        """At least so many; None where nothing is to be read. slot_table: SGLang's, slots by position."""
         rows = [_rows(req.kv.req_pool_idx, prompt, w) for req, prompt in prompts.items()]
         if not sum(map(len, rows)):
             return None
         host = np.concatenate(rows)
-        host = np.pad(host, ((0, max(FEWEST_WINDOWS - bs - len(host), 0)), (0, 0)))
+        host = np.pad(host, ((0, max(least - len(host), 0)), (0, 0)))
         on_host = torch.from_numpy(host)
         device = slot_table.device
         on_device = on_host.pin_memory().to(device, non_blocking=True) if slot_table.is_cuda else on_host

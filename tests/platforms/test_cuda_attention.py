@@ -19,7 +19,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_dflash import kernels
-from sglang_dflash.platforms import FEWEST_WINDOWS
+from sglang_dflash.platforms import WITH_PROMPTS
 from sglang_dflash.platforms.cuda import SHORT_PREFIX
 from sglang_dflash.platforms.cuda.graphs import capture_passes
 
@@ -209,7 +209,7 @@ def test_each_way_calls_its_kernels(
         assert named["cache_seqlens"].tolist() == [5, 6]
 
 
-@pytest.mark.parametrize("windows", [FEWEST_WINDOWS - 1, FEWEST_WINDOWS])
+@pytest.mark.parametrize("windows", [WITH_PROMPTS - 1, WITH_PROMPTS])
 @pytest.mark.parametrize("join", [False, True])
 def test_where_windows_see_each_other_all_keys_are_written_before_any_is_read(
     backend: Any, monkeypatch: pytest.MonkeyPatch, windows: int, join: bool
@@ -224,7 +224,7 @@ def test_where_windows_see_each_other_all_keys_are_written_before_any_is_read(
     q, k, v = (torch.zeros(windows * NARROW, heads * DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
     backend.forward_extend(q, k, v, layer(k_scale=None, v_scale=None), given)
     first = [("write", "slots"), ("read", None)]
-    assert calls == (first if join and windows == FEWEST_WINDOWS else [("read", "slots")])
+    assert calls == (first if join and windows == WITH_PROMPTS else [("read", "slots")])
 
 
 @pytest.fixture

@@ -38,6 +38,19 @@ def test_rounds_come_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "| gsm8k | 1 | 16 | ours | 220 | 2.00 | 20 | 40 | 1.00 |" in capsys.readouterr().out
 
 
+def test_loads_that_were_not_asked_again_keep_their_rows(tmp_path: Path) -> None:
+    main = runpy.run_path(str(SCRIPT))["main"]
+    for out, names in (("old.json", ("gsm8k.0.none", "gsm8k.0.ours", "chat.0.ours")), ("new.json", ("gsm8k.0.ours",))):
+        files = [tmp_path / f"{name}.jsonl" for name in names]
+        for file in files:
+            file.write_text(run(100.0 if out == "old.json" else 200.0, 20.0))
+        main(tmp_path / out, files, device="a GPU", others=tmp_path / "old.json" if out == "new.json" else None)
+    rows = json.loads((tmp_path / "new.json").read_text())["rows"]
+    assert [(row["benchmark"], row["server"], row["tok_s"]) for row in rows] == [
+        ("gsm8k", "ours", [200.0]), ("chat", "ours", [100.0]),
+    ]  # fmt: skip
+
+
 def test_the_readmes_table_says_what_was_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Metrics stand before and after each round; what other loads did in between is not this one's."""
     speeds = {"0.none": 100.0, "0.ours": 250.0, "0.7:7": 240.0, "0.2:2": 150.0}

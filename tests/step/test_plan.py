@@ -207,3 +207,4 @@ def test_a_shape_without_room_for_what_is_to_be_read_is_not_chosen(planner: Plan
     assert planner.plan(batch(*few), {few[0]: [5] * 400}).shape.nodes == 7
     assert planner.plan(batch(*few), {few[0]: [5] * 525}).shape.nodes == 2
     assert planner.plan(batch(*many), {many[0]: [5] * 9}).shape.nodes == 2
+    assert planner.plan(batch(*many), {many[0]: [5] * 900}).shape.nodes == 2  # nobody was to join it; it is read

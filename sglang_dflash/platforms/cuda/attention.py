@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sglang_dflash import kernels
 from sglang_dflash.kernels.attention import Sight
-from sglang_dflash.platforms import FEWEST_WINDOWS
+from sglang_dflash.platforms import WITH_PROMPTS
 from sglang_dflash.platforms.cuda import check_room
 from sglang_dflash.platforms.sight import sight_of
 
@@ -31,8 +31,8 @@ class WindowAttention(AttentionBackend):
     window are written by the same kernel that attends to them.
 
     reach: how many tokens of the prefix, the last ones, a window pass sees; 0: all. masks_are_causal: a pass's mask
-    names no later token, so that no layer needs to leave one out. windows_join: a pass of FEWEST_WINDOWS or more may
-    have windows whose prefix is another one of the same pass: there all keys are written before any is read.
+    names no later token, so that no layer needs to leave one out. windows_join: a pass of WITH_PROMPTS windows or more
+    may have some whose prefix is another one of the same pass: there all keys are written before any is read.
     """
 
     needs_cpu_seq_lens = False  # bounds do, and a prefill's lengths are the host's own
@@ -97,7 +97,7 @@ class WindowAttention(AttentionBackend):
 
     def _bind(self, prefix_lens: Tensor, mask: Tensor) -> None:
         self._prefix_lens, self._mask = prefix_lens, mask
-        self._keys_first = self.windows_join and len(prefix_lens) >= FEWEST_WINDOWS
+        self._keys_first = self.windows_join and len(prefix_lens) >= WITH_PROMPTS
 
     def _begin(self) -> None:
         """Before a pass's layers: a captured graph holds what is launched from here on."""

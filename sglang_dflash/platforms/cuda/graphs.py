@@ -15,7 +15,7 @@ from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.runtime_context import get_exec
 
-from sglang_dflash.platforms import LEAST_RUNNING, windows_beside
+from sglang_dflash.platforms import WITH_PROMPTS, windows_beside
 from sglang_dflash.platforms.cuda import parts_of
 from sglang_dflash.platforms.cuda.attention import WindowAttention
 
@@ -49,7 +49,7 @@ def _sizes_by_width(runner: Any) -> dict[int, list[int]]:
     largest = min(max(get_exec().graph.cuda_graph_config.decode.bs), runner.req_to_token_pool.size)
     bounds = {width: min(most, largest) for width, most in runner.window_widths.items()}
     if joins:
-        bounds = {w: most + (windows_beside(w) if most >= LEAST_RUNNING else 0) for w, most in bounds.items()}
+        bounds = {w: most + (windows_beside(w) if most >= WITH_PROMPTS else 0) for w, most in bounds.items()}
     by_width = {}
     for width, bound in sorted(bounds.items(), key=lambda item: (item[0] * item[1], item[0]), reverse=True):
         sizes = {size for size in SIZES if size * width > FEW_TOKENS or size.bit_count() == 1}
