@@ -43,6 +43,8 @@ class Budget:
         self.cost, self.gain = Cost(shapes, requests), Gain(shapes, requests)
         self._saved = 0.0
         self._unseen = [0] * len(shapes)  # steps since each shape was last taken
+        # Requests of the last batch, and what a step of each shape was thought to bring and to take.
+        self._last: tuple[int, list[float], list[float]] = 0, [], []
 
     def choose(
         self,
@@ -61,9 +63,24 @@ class Budget:
         shape = 0
         if len(self.shapes) > 1:
             seconds = self.cost.seconds(bs, sort, self.cost.checks(requests)).tolist()
+            self._last = bs, tokens, seconds
             rates = [made / took if fit else 0.0 for made, took, fit in zip(tokens, seconds, fits, strict=True)]
             shape = self._best_or_probe(bs, sort, rates, seconds, bool(drafting.any()))
         return Choice(shape, requests, kinds, drafting, sort, tokens[shape])
+
+    def reads_beside(self, fits: Sequence[bool]) -> bool:
+        """Whether prompts should be read in the next step's pass, of a shape that fits, beside a batch like the last
+        one; or in a pass of their own before it, which takes at least what one of a lone root does: weights are read.
+
+        What their tokens take beyond that is the same in both.
+        """
+        bs, tokens, seconds = self._last
+        if not tokens:
+            return len(fits) == 1 and fits[0]
+        own = float(self.cost.seconds(1)[0])
+        steps = [*zip(self.shapes, fits, tokens, seconds, strict=True)]
+        beside = max(made / took if fit else 0.0 for _, fit, made, took in steps)
+        return beside >= max(made / (took + own) for shape, _, made, took in steps if bs <= shape.most)
 
     def _best_or_probe(self, bs: int, sort: int, rates: list[float], seconds: list[float], drafts: bool) -> int:
         """In plain numbers: with arrays of so few shapes it takes twice as long, and a step waits for it."""

@@ -75,9 +75,8 @@ class Planner:
         self._before = None
 
     def has_room(self, requests: int, lengths: Sequence[int]) -> bool:
-        """Whether prompts of these lengths should be read beside so many requests: where some tree's pass can."""
-        fits = self._fits(requests, lengths)
-        return requests >= WITH_PROMPTS and any(fits[1:] or fits)
+        """Whether prompts of these lengths should be read beside so many requests: where a pass can, and that pays."""
+        return requests >= WITH_PROMPTS and self.budget.reads_beside(self._fits(requests, lengths))
 
     def plan(self, batch: Any, prompts: Mapping[Any, Sized] = _NONE) -> Step:
         """The next step of a batch, from now on. prompts: what it is to read of some requests' first: such a step is no

@@ -148,3 +148,26 @@ def test_grammars_alone_are_priced_where_nothing_was_measured(bs: int) -> None:
     *_, taken = world.run(budget, bs, 200)
     tokens, seconds = world.tokens(bs, 10_000), np.array([world.seconds(bs, shape) for shape in SHAPES])
     assert taken @ tokens / (taken @ seconds) > 0.93 * (tokens / seconds).max()
+
+
+@pytest.mark.parametrize("likely", [0.8, 0.0])
+@pytest.mark.parametrize("bs", [64, 256])
+def test_prompts_are_read_beside_trees_where_these_pay_and_beside_roots_that_have_room(likely: float, bs: int) -> None:
+    """Where they do not pay, the first steps with prompts tell; at 64 even roots with useless trees take less time than
+    roots and a pass of the prompt's own.
+    """
+    world, budget = World(likely), told(Budget(SHAPES, 512))
+    trees = [0 < shape.nodes <= 4 for shape in SHAPES]
+    assert not budget.reads_beside(trees)  # nobody runs
+    for _ in range(20):
+        choice = budget.choose(np.arange(bs), np.zeros(bs, dtype=np.int64), np.ones(bs, dtype=bool), 0, trees)
+        assert trees[choice.shape]
+        budget.learn(choice, *world.accept(choice))
+    assert budget.reads_beside(trees) is (likely > 0 or bs == 64)
+    assert budget.reads_beside([True, *trees[1:]])
+    assert not budget.reads_beside([False] * len(SHAPES))
+
+
+def test_one_shape_reads_prompts_where_it_has_room() -> None:
+    budget = Budget(SHAPES[2:3], 8)
+    assert budget.reads_beside([True]) and not budget.reads_beside([False])

@@ -195,8 +195,9 @@ def test_a_step_that_reads_prompts_is_no_example_and_who_has_no_context_does_not
     assert told == [1, 3]  # not the one that read five tokens
 
 
-def test_prompts_are_read_where_a_tree_has_room_for_their_windows_beside_many() -> None:
+def test_prompts_are_read_where_a_pass_has_room_for_their_windows_beside_many() -> None:
     planner = planner_for(100)
+    planner.plan(batch(*[request(n + 1) for n in range(40)]))
     assert planner.has_room(40, [512])  # 171 windows of the tree of two nodes
     assert not planner.has_room(40, [900]) and not planner.has_room(31, [3]) and not planner.has_room(100, [3])
 
