@@ -32,3 +32,9 @@ def accept_length(answers: list[Body]) -> float:
     """Tokens emitted per verify step over all answers, the free one included."""
     steps = sum(a["meta_info"]["spec_verify_ct"] for a in answers)
     return 1 + sum(a["meta_info"]["spec_num_correct_drafts"] for a in answers) / steps
+
+
+def metric(url: str, name: str) -> float:
+    """What a server's metric of this name comes to, all labels together."""
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from client import Body, accept_length, generate
+from client import Body, accept_length, generate, metric
 from conftest import ON_GPU, Plain, Serve, planted
 from penalised_reference import differs_at
 from prompts import CONTEXT
@@ -44,11 +44,12 @@ class Case:
 
 CASES = {
     "tree 15": Case(
-        "--speculative-num-draft-tokens 15 --speculative-num-steps 8", 16, kind=(15, 8), plant="prompts beside one",
+        "--speculative-num-draft-tokens 15 --speculative-num-steps 8 --enable-metrics", 16, kind=(15, 8),
+        plant="prompts beside one",
     ),
     "tree 3, paged, no overlap": Case(
         "--speculative-num-draft-tokens 3 --speculative-num-steps 3 --page-size 16 --disable-overlap-schedule "
-        "--enable-streaming-session",
+        "--enable-streaming-session --enable-metrics",
         32, kind=(3, 3), plant="prompts beside one",
     ),
     "tree 63, no radix": Case(
@@ -117,6 +118,13 @@ def test_text_is_that_of_plain_decoding(case: Case, answers: list[Body], plain: 
     ties = [same_or_tied(answer, truth) for answer, truth in zip(answers, expected, strict=True)]
     assert sum(ties) <= 1, f"{sum(ties)} answers leave plain decoding's at a tie; one in 40 is chance"
     assert accept_length(answers[: case.short]) > (1.5 if case.plant == "any shape" else 2.0)
+
+
+def test_prompts_were_read_beside_trees(case: Case, server: str, answers: list[Body]) -> None:
+    """All but the first, which nobody was there to be read beside, and those of several chunks."""
+    if case.plant == "prompts beside one":
+        read = metric(server, "sglang:dflash_prompts_beside_total")
+        assert read > len(answers) / 2
 
 
 def test_seeded_text_is_the_same_under_any_tree(seeded_answers: list[Body], seeded_texts: list[list[int]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from client import Body
+from client import Body, metric
 from conftest import ON_GPU, Plain, Serve, planted
 from penalised_reference import differs_at
 
@@ -37,7 +37,9 @@ def test_mixed_requests_in_a_small_pool(
             assert differs_at(target_model, body, answer["output_ids"]) == []
         assert left > 8
         _wait_until_idle(url)
-        assert _metric(url, "sglang:num_retracted_requests_total") > 0
+        assert metric(url, "sglang:num_retracted_requests_total") > 0
+        read = metric(url, "sglang:dflash_prompts_beside_total")
+        assert read == 0 if beside == "mixed chunks" else read > REQUESTS / 2
         httpx.post(f"{url}/flush_cache").raise_for_status()
         # The whole pool is free again: an answer that fills it ends there, with as many tokens as plain decoding's.
         left = 64
@@ -45,7 +47,7 @@ def test_mixed_requests_in_a_small_pool(
         long = {"input_ids": [300] * (POOL - left), "sampling_params": params}
         answer = httpx.post(f"{url}/generate", json=long, timeout=600).json()["meta_info"]
         assert (answer["finish_reason"]["type"], answer["completion_tokens"]) == ("length", left - 17)
-        assert _metric(url, "sglang:num_used_tokens") <= POOL
+        assert metric(url, "sglang:num_used_tokens") <= POOL
 
 
 async def _load(
@@ -88,11 +90,6 @@ async def _load(
 def _wait_until_idle(url: str) -> None:
     """SGLang checks its pools for leaks whenever it falls idle, and dies of one."""
     deadline = time.monotonic() + 120
-    while _metric(url, "sglang:num_running_reqs") + _metric(url, "sglang:num_queue_reqs") > 0:
+    while metric(url, "sglang:num_running_reqs") + metric(url, "sglang:num_queue_reqs") > 0:
         assert time.monotonic() < deadline, "requests still running after all answers"
         time.sleep(1)
-
-
-def _metric(url: str, name: str) -> float:
-    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
