@@ -174,7 +174,8 @@ def _prompts_of(new: Any) -> list[Prompt]:
     """
     apart = new.chunked_req, new.decoding_reqs, new.input_embeds, new.replace_embeds
     whole = all(x is None for x in apart) and all(map(_is_plain, new.reqs))
-    if not whole or new.return_logprob or new.has_grammar:
+    loads = new.hicache_consumer_index >= 0  # keys of the prefix, layer by layer, as a prompt's own pass waits for them
+    if not whole or loads or new.return_logprob or new.has_grammar:
         return []
     texts = np.split(new.prefill_input_ids_cpu.numpy(), np.cumsum(new.extend_lens)[:-1])
     return [Prompt(begin, text[:-1]) for begin, text in zip(new.prefix_lens, texts, strict=True)]

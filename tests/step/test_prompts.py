@@ -40,7 +40,8 @@ def prefill(reqs: list[Any], prefixes: list[int], lens: list[int], **other: Any)
     given: dict[str, Any] = {
         "reqs": reqs, "prefix_lens": prefixes, "extend_lens": lens, "seq_lens": seq_lens, "seq_lens_cpu": seq_lens,
         "prefill_input_ids_cpu": torch.from_numpy(np.concatenate(ids)), "req_pool_indices": numbers,
-        "req_pool_indices_cpu": numbers, "return_logprob": False, "has_grammar": False, "device": "cpu",
+        "req_pool_indices_cpu": numbers, "return_logprob": False, "has_grammar": False, "hicache_consumer_index": -1,
+        "device": "cpu",
     }  # fmt: skip
     nothing = dict.fromkeys(("chunked_req", "decoding_reqs", "input_embeds", "replace_embeds"))
     return SimpleNamespace(**{**nothing, **given, **other})
@@ -103,7 +104,14 @@ def test_another_kind_of_request_has_a_pass_of_its_own(running: Running, other: 
 
 
 @pytest.mark.parametrize(
-    "other", [{"chunked_req": "r"}, {"decoding_reqs": ["r"]}, {"return_logprob": True}, {"has_grammar": True}]
+    "other",
+    [
+        {"chunked_req": "r"},
+        {"decoding_reqs": ["r"]},
+        {"return_logprob": True},
+        {"has_grammar": True},
+        {"hicache_consumer_index": 0},
+    ],
 )
 def test_another_kind_of_batch_has_a_pass_of_its_own(running: Running, other: Any) -> None:
     prompts = Prompts(Planner(), True)  # type: ignore[arg-type]
