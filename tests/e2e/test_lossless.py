@@ -44,13 +44,13 @@ class Case:
 
 CASES = {
     "tree 15": Case(
-        "--speculative-num-draft-tokens 15 --speculative-num-steps 8 --enable-metrics", 16, kind=(15, 8),
+        "--speculative-num-draft-tokens 15 --speculative-num-steps 8 --enable-metrics", 8, kind=(15, 8),
         plant="prompts beside one",
     ),
     "tree 3, paged, no overlap": Case(
         "--speculative-num-draft-tokens 3 --speculative-num-steps 3 --page-size 16 --disable-overlap-schedule "
         "--enable-streaming-session --enable-metrics",
-        32, kind=(3, 3), plant="prompts beside one",
+        8, kind=(3, 3), plant="prompts beside one",
     ),
     "tree 63, no radix": Case(
         "--speculative-num-draft-tokens 63 --speculative-num-steps 11 --disable-radix-cache "
@@ -121,10 +121,9 @@ def test_text_is_that_of_plain_decoding(case: Case, answers: list[Body], plain: 
 
 
 def test_prompts_were_read_beside_trees(case: Case, server: str, answers: list[Body]) -> None:
-    """All but the first, which nobody was there to be read beside, and those of several chunks."""
+    """Those that came alone or in twos: too many at once have a pass of their own."""
     if case.plant == "prompts beside one":
-        read = metric(server, "sglang:dflash_prompts_beside_total")
-        assert read > len(answers) / 2
+        assert metric(server, "sglang:dflash_prompts_beside_total") >= 5
 
 
 def test_seeded_text_is_the_same_under_any_tree(seeded_answers: list[Body], seeded_texts: list[list[int]]) -> None:
