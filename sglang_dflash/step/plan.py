@@ -80,7 +80,7 @@ class Planner:
 
     def plan(self, batch: Any, prompts: Mapping[Any, Sized] = _NONE) -> Step:
         """The next step of a batch, from now on. prompts: what it is to read of some requests' first: such a step is no
-        example of what others cost, nor do drafts without a context tell of those to come.
+        example of what others cost, and drafts of a first token tell nothing of those to come.
         """
         if batch.reqs != self._known[0]:  # most are those of the step before: then only identities are compared
             self._known = batch.reqs[:], *_numbers_and_kinds(batch.reqs)
@@ -88,11 +88,12 @@ class Planner:
         some_penalised = any(map(penalised, batch.reqs))
         sort = int(batch.has_grammar) + 2 * some_penalised  # what else the host does: masks, penalties
         drafting, fits = np.array(batch.spec_info.drafting), None
+        if prompts:
+            drafting &= [req not in prompts for req in batch.reqs]
         if reads := any(map(len, prompts.values())):
             fits = self._fits(len(batch.reqs), [*map(len, prompts.values())])
             if not any(fits):  # others came from a pass of their own meanwhile: the smallest tree's has no graph then
                 fits[min(1, len(fits) - 1)] = True
-            drafting &= [not len(prompts.get(req, ())) for req in batch.reqs]
         choice = self.budget.choose(requests, kinds, drafting, sort, fits)
         if (shape := ranks.first_ranks_number(choice.shape)) != choice.shape:
             choice = replace(choice, shape=shape)

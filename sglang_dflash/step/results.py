@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ class StepResult(GenerationBatchResult):
     """A step's results; `live`: requests that it counts for, None before the host has settled it.
 
     nodes [bs, D + 1] int64: walked nodes, the root first. learn: told them and how many of each request's count, [bs],
-    both on the host, and the requests, before they get their tokens. read: what the step has read of requests' prompts.
+    both on the host, and the requests, before they get their tokens. read: requests whose prompts the step has read.
     """
 
     live: int | None = None
     nodes: Tensor | None = None
-    read: Mapping[Any, Sized] = field(default_factory=dict)
+    read: Collection[Any] = ()
     learn: Callable[[Tensor | None, Tensor, Sequence[Any]], None] = lambda nodes, lens, reqs: None
 
     def copy_to_cpu(self, *args: Any, **kwargs: Any) -> None:
@@ -67,14 +67,14 @@ def settle_runs(
     return runs
 
 
-def keep(prompts: Mapping[Any, Sized], lens: Mapping[Any, int], tree_cache: Any) -> None:
-    """These prompts have been read, and each has emitted so many tokens: as SGLang does behind a prompt's own pass, its
-    times and the prefix cache are told, and its first token alone is no step's.
+def keep(read: Iterable[Any], lens: Mapping[Any, int], tree_cache: Any) -> None:
+    """Prompts of these requests have been read, and each has emitted so many tokens: as SGLang does behind a prompt's
+    own pass, its times and the prefix cache are told, and its first token alone is no step's.
     """
-    for req, tokens in prompts.items():
+    for req in read:
         if req.finished() or req.is_retracted:
             continue
-        if len(tokens) and lens[req] == 1:
+        if lens[req] == 1:
             req.spec_verify_ct -= 1
             req.spec_correct_drafts_histogram[0] -= 1
         req.time_stats.set_prefill_finished_time()

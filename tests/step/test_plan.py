@@ -178,7 +178,7 @@ def test_contexts_are_gathered_where_metrics_want_them(planner: Planner) -> None
     assert told == [[10, 10]]
 
 
-def test_a_step_that_reads_prompts_is_no_example_and_who_has_no_context_does_not_draft(
+def test_a_step_that_reads_prompts_is_no_example_and_nor_are_drafts_of_first_tokens(
     planner: Planner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[int] = []
@@ -187,7 +187,7 @@ def test_a_step_that_reads_prompts_is_no_example_and_who_has_no_context_does_not
     steps = [planner.plan(running)]
     joined = batch(*running.reqs, new, hit)
     steps.append(planner.plan(joined, {new: [7] * 5, hit: []}))
-    assert steps[-1].choice.drafting.tolist() == [True, False, True] and steps[-1].prompts == 2
+    assert steps[-1].choice.drafting.tolist() == [True, False, False] and steps[-1].prompts == 2
     steps += [planner.plan(joined, {hit: []}), planner.plan(joined)]
     for step in steps:
         step.clock.done()
