@@ -93,9 +93,16 @@ def options_of(server_args: Any) -> Options:
         trees = {n: min(n, longest) for n in trees}
     shapes = [_shape(n, deep, draft, fixed) for n, deep in sorted(trees.items())]
     window = server_args.speculative_draft_window_size or draft.draft_window
-    return Options(
-        draft, tuple(shapes), chain, top_k, window, _draft_checkpoint(server_args).beside(MASK_EMBEDDING)
-    )
+    mask_embedding = _draft_checkpoint(server_args).beside(MASK_EMBEDDING)
+    return Options(draft, tuple(shapes), chain, top_k, window, mask_embedding, _prompts_join(server_args))
+
+
+def _prompts_join(server_args: Any) -> bool:
+    """Whether verify passes read prompts beside their trees: on one rank, of targets of plain attention (a state would
+    be of the wrong window), where prompts come apart from decoding requests and find their prefixes on the device.
+    """
+    apart = server_args.enable_lora or server_args.enable_hierarchical_cache or server_args.enable_mixed_chunk
+    return not (apart or server_args.tp_size > 1 or _target(server_args).needs)
 
 
 def _default_nodes(server_args: Any) -> int:

@@ -16,6 +16,7 @@ class Options:
     shapes: what a step may draft, ascending by nodes; one, where the user fixed it. chain: keep only the most probable
     path by greedy descent. top_k: candidates a position (K). draft_window: how many of a request's committed tokens,
     the last ones, its draft sees; 0: all. mask_embedding: the file of the mask's own embedding, if the draft has one.
+    prompts_join: whether verify passes may read prompts beside their trees.
     """
 
     draft: DraftConfig
@@ -24,6 +25,7 @@ class Options:
     top_k: int
     draft_window: int = 0
     mask_embedding: Path | None = None
+    prompts_join: bool = False
 
     @property
     def largest(self) -> Shape:

@@ -20,7 +20,7 @@ from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
-from sglang.srt.runtime_context import get_exec, get_observability, get_server_args
+from sglang.srt.runtime_context import get_exec, get_observability
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import (
     commit_mamba_states_after_verify,
@@ -44,7 +44,7 @@ from sglang_dflash.step.foresight import Foresight
 from sglang_dflash.step.grammar import Grammars
 from sglang_dflash.step.penalties import Penalties
 from sglang_dflash.step.plan import Planner
-from sglang_dflash.step.prompts import Prompts, PromptWindows, may_join
+from sglang_dflash.step.prompts import Prompts, PromptWindows
 from sglang_dflash.step.results import StepResult
 from sglang_dflash.step.sampling import adjust_logits, sample_nodes
 from sglang_dflash.step.window import Window, window_input
@@ -104,8 +104,8 @@ class DFlashWorker(BaseSpecWorker):
         if states := getattr(self.target.attn_backend, "linear_attn_backend", None):
             states.chains = self.options.chain
         self.planner = Planner(self.options, requests, on_gpu, self.metrics)
-        joins = may_join(self.target, get_server_args())
-        self.prompts, self.target.attn_backend.windows_join = Prompts(self.planner, joins), joins
+        self.prompts = Prompts(self.planner, self.options.prompts_join)
+        self.target.attn_backend.windows_join = self.options.prompts_join
 
     def init_cuda_graphs(self) -> None:
         graphs = get_exec().graph.cuda_graph_config.decode.backend != Backend.DISABLED

@@ -510,6 +510,33 @@ def test_where_nodes_cost_states_fewer_are_drafted_unless_more_are_asked_for(
     assert options_of(ServerArgs(**{**given, "model_path": str(pair.target)})).largest.nodes == 31
 
 
+@pytest.mark.parametrize(
+    ("target", "arguments", "join"),
+    [
+        ({}, {}, True),
+        ({}, {"page_size": 16, "disable_overlap_schedule": True}, True),
+        ({}, {"tp_size": 2}, False),
+        ({}, {"enable_lora": True}, False),
+        ({}, {"enable_hierarchical_cache": True}, False),
+        ({}, {"enable_mixed_chunk": True}, False),
+        ({}, {"kv_cache_dtype": "fp8_e4m3"}, False),
+        (QWEN, {}, False),  # its states would go on behind the window before, whichever runs first
+        (QWEN_WITH_IMAGES, {}, False),
+        (MUSE, {}, False),
+        (GPT_OSS, {}, False),
+    ],
+)
+def test_prompts_join_where_a_window_can_go_on_behind_another(
+    pair: embedded.Pair,
+    make_target: Callable[..., str],
+    target: dict[str, Any],
+    arguments: dict[str, Any],
+    join: bool,
+) -> None:
+    given = {"model_path": make_target(**target), "speculative_draft_model_path": str(embedded.DRAFT)}
+    assert options_of(ServerArgs(**given, **arguments)).prompts_join is join
+
+
 @pytest.mark.parametrize("family", [MUSE, GPT_OSS])
 def test_a_plain_cpu_serves_sliding_targets_from_two_pools(
     pair: embedded.Pair, make_target: Callable[..., str], family: dict[str, Any]

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from sglang.srt.managers.schedule_batch import NextBatchPlan
-from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from torch import Tensor
 
 from sglang_dflash.step.carry import Carry
@@ -87,20 +86,6 @@ def join_running(original: Callable[[Any, Any], Any], scheduler: Any, running_ba
     scheduler.processed_tokens_counter += new.extend_num_tokens
     scheduler.metrics_reporter.report_prefill_stats(new, new.prefill_stats, new.seq_lens.is_cuda)
     return NextBatchPlan(batch_to_run=None, running_batch=running)
-
-
-def may_join(target: Any, server_args: Any) -> bool:
-    """Whether a target's verify passes can read prompts: what has been seen, one GPU's or a CPU's plain attention."""
-    config, pool = target.model_config, target.token_to_kv_pool
-    return not (
-        isinstance(pool, SWAKVPool)
-        or pool.dtype != target.dtype
-        or config.model_is_mrope
-        or server_args.tp_size > 1
-        or server_args.enable_lora
-        or server_args.enable_hierarchical_cache
-        or server_args.enable_mixed_chunk
-    )
 
 
 @dataclass(frozen=True)
