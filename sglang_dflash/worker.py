@@ -47,6 +47,7 @@ from sglang_dflash.step.plan import Planner
 from sglang_dflash.step.prompts import Prompts, PromptWindows
 from sglang_dflash.step.results import StepResult
 from sglang_dflash.step.sampling import adjust_logits, sample_nodes
+from sglang_dflash.step.upload import upload
 from sglang_dflash.step.window import Window, window_input
 from sglang_dflash.tree import DraftTree, Walk, walk
 from sglang_dflash.updates import DraftUpdater, TargetUpdater
@@ -311,6 +312,4 @@ def _extend_positions(batch: Any) -> Tensor:
     """Each prefilled token's position, [T] int64, from the host's lengths."""
     lengths = zip(batch.prefix_lens, batch.extend_lens, strict=True)
     flat = torch.cat([torch.arange(start, start + length) for start, length in lengths])
-    if batch.seq_lens.is_cuda:
-        flat = flat.pin_memory()  # else the host waits until the GPU has come so far
-    return flat.to(batch.seq_lens.device, non_blocking=True)
+    return upload(batch.seq_lens.device, flat)

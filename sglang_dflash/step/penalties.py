@@ -21,6 +21,7 @@ from sglang_dflash import kernels
 from sglang_dflash.kernels import Emitted
 from sglang_dflash.kernels.penalties import END
 from sglang_dflash.step.results import stop_ids
+from sglang_dflash.step.upload import upload, upload_numbers
 from sglang_dflash.tree import DraftTree
 
 FEWEST_ROWS = 4  # of counts that are made room for, a vocabulary's int32 each
@@ -109,7 +110,7 @@ class Penalties:
             row = places[req.kv.req_pool_idx] = self._free.pop()
             self._rows[req.kv.req_pool_idx] = row, req
         if places:
-            numbers, rows = _numbers(self._emitted.places.device, [*places], [*places.values()])
+            numbers, rows = upload_numbers(self._emitted.places.device, [*places], [*places.values()])
             self._emitted.places[numbers] = rows
         if asked:
             self._write(asked)
@@ -140,7 +141,7 @@ class Penalties:
         begins = [vocab * self._rows[number][0] for number in numbers]
         texts = [np.array(req.output_ids, dtype=np.int64) for req in reqs]
         ends = [np.array(_ends(req, vocab), dtype=np.int64) for req in reqs]
-        owners, fewest, said, held_back = _numbers(
+        owners, fewest, said, held_back = upload_numbers(
             device,
             numbers,
             [len(req.origin_input_ids) + req.sampling_params.min_new_tokens for req in reqs],
@@ -149,7 +150,7 @@ class Penalties:
         )
         params = [req.sampling_params for req in reqs]
         settings = [[p.frequency_penalty, p.presence_penalty, p.repetition_penalty] for p in params]
-        to.settings[owners] = _on(device, torch.tensor(settings))
+        to.settings[owners] = upload(device, torch.tensor(settings))
         to.fewest[owners] = fewest
         to.counts.index_fill_(0, to.places[owners], 0)
         flat = to.counts.view(-1)
@@ -162,14 +163,3 @@ def _ends(req: Any, vocab: int) -> list[int]:
     if req.sampling_params.min_new_tokens <= len(req.output_ids):
         return []
     return [token for token in stop_ids(req) if token is not None and 0 <= token < vocab]
-
-
-def _numbers(device: torch.device, *parts: Any) -> tuple[Tensor, ...]:
-    """Sequences of integers on the device, in one copy."""
-    arrays = [np.asarray(part, dtype=np.int64) for part in parts]
-    return _on(device, torch.from_numpy(np.concatenate(arrays))).split([len(array) for array in arrays])
-
-
-def _on(device: torch.device, host: Tensor) -> Tensor:
-    """On the device, without waiting for it."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

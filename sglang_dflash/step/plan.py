@@ -32,7 +32,7 @@ class Step:
     penalised: bool
     clock: Clock
     before: tuple[Choice, Any, float] | None
-    prompts: int = 0
+    prompts: int
 
 
 class Planner:
@@ -90,8 +90,8 @@ class Planner:
         drafting, fits = np.array(batch.spec_info.drafting), None
         if prompts:
             drafting &= [req not in prompts for req in batch.reqs]
-        if reads := any(map(len, prompts.values())):
-            fits = self._fits(len(batch.reqs), [*map(len, prompts.values())])
+        if reads := any(lengths := [*map(len, prompts.values())]):
+            fits = self._fits(len(batch.reqs), lengths)
             if not any(fits):  # others came from a pass of their own meanwhile: the smallest tree's has no graph then
                 fits[min(1, len(fits) - 1)] = True
         choice = self.budget.choose(requests, kinds, drafting, sort, fits)

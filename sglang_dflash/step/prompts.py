@@ -17,8 +17,10 @@ import torch
 from sglang.srt.managers.schedule_batch import NextBatchPlan
 from torch import Tensor
 
+from sglang_dflash import kernels
 from sglang_dflash.step.carry import Carry
 from sglang_dflash.step.plan import Planner, windows
+from sglang_dflash.step.upload import upload_numbers
 from sglang_dflash.step.window import Window
 
 
@@ -52,9 +54,9 @@ class Prompts:
         future_map, forward_stream: through which SGLang hands a step's results to the next under overlap; None without.
         """
         self._unread = {req: prompt for req, prompt in self._unread.items() if req in running.reqs}
-        found = self._possible and not running.is_empty() and _prompts_of(new)
-        waiting = [*map(len, [*self._unread.values(), *(found or [])])]
-        if not found or not self._planner.has_room(len(running.reqs) + len(found), waiting):
+        found = _prompts_of(new) if self._possible and not running.is_empty() else []
+        lengths = [*map(len, [*self._unread.values(), *found])]
+        if not found or not self._planner.has_room(len(running.reqs) + len(found), lengths):
             return False
         self._unread.update(zip(new.reqs, found, strict=True))
         for req in new.reqs:
@@ -110,14 +112,12 @@ class PromptWindows:
             return None
         host = np.concatenate(rows)
         host = np.pad(host, ((0, max(least - len(host), 0)), (0, 0)))
-        on_host = torch.from_numpy(host)
-        device = slot_table.device
-        on_device = on_host.pin_memory().to(device, non_blocking=True) if slot_table.is_cuda else on_host
-        requests, prefix_lens, ends = on_device[:, :3].unbind(1)
-        positions = prefix_lens[:, None] + torch.arange(w, device=device)
-        slots = slot_table[requests[:, None], positions] * (positions < ends[:, None])
-        tokens = on_device[:, 3:].contiguous()
-        return cls(tokens, positions, slots.to(torch.int64), requests, prefix_lens, on_host[:, 1] + w)
+        requests, prefix_lens, ends, tokens = upload_numbers(slot_table.device, *host[:, :3].T, host[:, 3:].ravel())
+        # As windows of requests that hold no more slots; of the draft blocks there the positions alone are asked for.
+        slots, _, _, positions = kernels.open_window(
+            slot_table, requests, prefix_lens, ends, most=ends, bonus_tokens=requests, mask_token=0, w=w, block=w
+        )
+        return cls(tokens.view(-1, w), positions, slots, requests, prefix_lens, torch.from_numpy(host[:, 1] + w))
 
     def behind(self, batch: Any, window: Window, runner: Any) -> tuple[Any, Any]:
         """A batch's requests with these behind them, as a batch; and SGLang's record of what all of them write."""
@@ -176,13 +176,12 @@ def _is_plain(req: Any) -> bool:
 def _carry_of(new: Any, future_map: Any, forward_stream: Any) -> Carry:
     """What new requests carry to their first step, as if one had been: the prompt's last token as bonus token."""
     last = new.prefill_input_ids_cpu.numpy()[np.cumsum(new.extend_lens) - 1]
-    on_host = torch.from_numpy(np.stack([new.req_pool_indices_cpu.numpy(), new.seq_lens_cpu.numpy(), last]))
+    parts = new.req_pool_indices_cpu, new.seq_lens_cpu, last
     if future_map is None:
-        _, lens, tokens = on_host.to(new.device)
+        _, lens, tokens = upload_numbers(new.seq_lens.device, *parts)
         return Carry.of(tokens, lens)
     with forward_stream:  # behind the step before, which may still tell of a finished request that had this number
-        on_device = on_host.pin_memory().to(new.device, non_blocking=True) if new.seq_lens.is_cuda else on_host
-        requests, lens, tokens = on_device
+        requests, lens, tokens = upload_numbers(new.seq_lens.device, *parts)
         future_map.publish(requests, lens)
         future_map.stash_bonus_tokens(requests, tokens)
         carry = Carry.of(tokens, lens)

@@ -34,7 +34,12 @@ def accept_length(answers: list[Body]) -> float:
     return 1 + sum(a["meta_info"]["spec_num_correct_drafts"] for a in answers) / steps
 
 
+def metrics(url: str) -> dict[str, float]:
+    """SGLang's, and ours among them, by name and labels."""
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("sglang:")}
+
+
 def metric(url: str, name: str) -> float:
     """What a server's metric of this name comes to, all labels together."""
-    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+    return sum(value for label, value in metrics(url).items() if label.startswith(name))

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import torch
 import yaml
-from client import Body, accept_length, generate
+from client import Body, accept_length, generate, metrics
 from conftest import Plain
 from openai import AsyncOpenAI
 from prompts import SETTINGS
@@ -169,13 +169,6 @@ def test_what_overlap_runs_beyond_an_end_counts_nowhere(server: str, short_bodie
     assert emitted == len(metas) + steps + drafts, "of each the prefill's token, and of each step one and its drafts"
     assert (counted("generation_tokens"), counted("dflash_steps")) == (emitted, steps)
     assert counted("dflash_accepted_drafts") == drafts
-
-
-def metrics(server: str) -> dict[str, float]:
-    lines = httpx.get(f"{server}/metrics").text.splitlines()
-    return {
-        line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("sglang:")
-    }
 
 
 def depth(name: str) -> int:

@@ -379,7 +379,7 @@ def numbered(reqs: list[Request]) -> list[Request]:
 
 
 def test_batches_without_penalties_pay_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(penalties, "_numbers", None)
+    monkeypatch.setattr(penalties, "upload_numbers", None)
     told = Penalties(NUMBERS, VOCAB, "cpu")
     reqs = numbered([request(3), request(3, min_new_tokens=2)])
     reqs[1].output_ids = array("q", [5, 6])  # long enough
