@@ -25,7 +25,7 @@ from sglang_dflash.targets import Target
 logger = logging.getLogger(__name__)
 
 # Trees by nodes and depth, from which a step takes what pays at its load; measured on H100s (docs/gpu.md).
-LADDER = ((0, 0), (2, 2), (4, 4), (7, 7), (15, 10), (31, 15), (63, 15))
+LADDER = ((0, 0), (1, 1), (2, 2), (4, 4), (7, 7), (15, 10), (31, 15), (63, 15))
 DEFAULT_NODES = 63
 FEWER_NODES = 31  # on a CPU, where each token costs; beside a pool of sliding layers, which SGLang sizes by them
 NODES_WITH_STATES = 7  # SGLang reserves a state a node for each request: some 50 MB in a target of 9B parameters
@@ -258,7 +258,7 @@ def _told(chosen: Options) -> str:
     """What is drafted, in words."""
     kind = "chain" if chosen.chain else "tree"
     seen = f"the last {chosen.draft_window} tokens" if chosen.draft_window else "the whole context"
-    trees = [f"{shape.nodes} nodes, {shape.depth} deep" for shape in chosen.shapes if shape.nodes]
+    trees = [f"{s.nodes} node{'s' * (s.nodes > 1)}, {s.depth} deep" for s in chosen.shapes if s.nodes]
     if len(chosen.shapes) == 1:
         return f"{kind}s of {trees[0]}, always; a draft sees {seen}" if trees else "nothing is drafted"
     return f"{kind}s of {'; '.join(trees)}; or none, by what pays; a draft sees {seen}"

@@ -215,12 +215,12 @@ def test_one_tree_always_where_nodes_and_depth_are_given(
 @pytest.mark.parametrize(
     ("arguments", "shapes"),
     [
-        ({}, {0: 0, 2: 2, 4: 4, 7: 7, 15: 10, 31: 15}),
-        ({"speculative_num_draft_tokens": 15}, {0: 0, 2: 2, 4: 4, 7: 7, 15: 10}),
-        ({"speculative_num_draft_tokens": 3}, {0: 0, 2: 2, 3: 3}),
-        ({"speculative_num_draft_tokens": 63}, {0: 0, 2: 2, 4: 4, 7: 7, 15: 10, 31: 15, 63: 15}),
-        ({"speculative_num_steps": 4}, {0: 0, 2: 2, 4: 4, 7: 4, 15: 4, 31: 4}),
-        ({"speculative_eagle_topk": 1}, {0: 0, 2: 2, 4: 4, 7: 7, 10: 10, 15: 15}),
+        ({}, {0: 0, 1: 1, 2: 2, 4: 4, 7: 7, 15: 10, 31: 15}),
+        ({"speculative_num_draft_tokens": 15}, {0: 0, 1: 1, 2: 2, 4: 4, 7: 7, 15: 10}),
+        ({"speculative_num_draft_tokens": 3}, {0: 0, 1: 1, 2: 2, 3: 3}),
+        ({"speculative_num_draft_tokens": 63}, {0: 0, 1: 1, 2: 2, 4: 4, 7: 7, 15: 10, 31: 15, 63: 15}),
+        ({"speculative_num_steps": 4}, {0: 0, 1: 1, 2: 2, 4: 4, 7: 4, 15: 4, 31: 4}),
+        ({"speculative_eagle_topk": 1}, {0: 0, 1: 1, 2: 2, 4: 4, 7: 7, 10: 10, 15: 15}),
     ],
 )
 def test_otherwise_a_step_takes_one_of_several(arguments: dict[str, Any], shapes: dict[int, int]) -> None:
@@ -253,8 +253,8 @@ def test_leads_leave_as_many_candidates_as_fill_a_tree(arguments: dict[str, Any]
 def test_a_bidirectional_block_is_drafted_whole(make_draft: MakeDraft) -> None:
     draft = make_draft(dflash={"causal_head": False})
     options = options_of(resolve(speculative_draft_model_path=draft, speculative_num_draft_tokens=3))
-    assert [(s.nodes, s.depth, s.block) for s in options.shapes] == [(0, 0, 1), (2, 2, 16), (3, 3, 16)]
-    assert options.window == 16 and options.draft_widths() == {16: 341} and options.grown(16).nodes == 3
+    assert [(s.nodes, s.depth, s.block) for s in options.shapes] == [(0, 0, 1), (1, 1, 16), (2, 2, 16), (3, 3, 16)]
+    assert options.window == 16 and options.draft_widths() == {16: 512} and options.grown(16).nodes == 3
 
 
 @pytest.mark.parametrize(
@@ -696,7 +696,8 @@ def test_what_means_another_thing_or_nothing_is_said_once(on_hopper: None, caplo
     assert "--speculative-eagle-topk 4 asks for a tree" in told
     assert "--speculative-accept-threshold-single 0.5 has no effect: a drafted token is accepted if" in single
     assert "--speculative-use-block-verification has no effect" in block
-    assert "trees of 2 nodes, 2 deep; 4 nodes" in served and "63 nodes, 15 deep; or none, by what pays" in served
+    assert "trees of 1 node, 1 deep; 2 nodes, 2 deep; 4" in served
+    assert "63 nodes, 15 deep; or none, by what pays" in served
 
 
 def test_a_draft_on_the_hub_is_checked_as_one_in_a_directory(
