@@ -184,6 +184,7 @@ def _take_over() -> None:
         register_attention()
         runners = "sglang.srt.model_executor.runner"
         around[f"{runners}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture"] = graphs.capture_passes
+        around[f"{runners}.decode_cuda_graph_runner.get_batch_sizes_to_capture"] = graphs.keep_sizes
     for target, hook in around.items():
         HookRegistry.register(target, hook, HookType.AROUND)
     assign = "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func"

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, Phase, with_phase
-from sglang.srt.runtime_context import get_context
+from sglang.srt.model_executor.runner import get_batch_sizes_to_capture
+from sglang.srt.runtime_context import get_context, get_server_args
 
 from sglang_dflash.budget import Shape
 from sglang_dflash.options import Options
 from sglang_dflash.platforms.cuda import graphs
 
 ANY = 1 << 30
-LADDER = [(0, 0, ANY), (2, 2, 341), (4, 4, 204), (7, 7, 128), (15, 10, 64), (31, 15, 32), (63, 15, 2)]
+LADDER = [(0, 0, ANY), (1, 1, 512), (2, 2, 341), (4, 4, 204), (7, 7, 128), (15, 10, 64), (31, 15, 32), (63, 15, 2)]
 
 
 def options(causal: bool = True) -> Options:
@@ -58,7 +59,20 @@ def test_passes_that_read_prompts_have_graphs_of_more_windows_than_requests(up_t
     verify = runner(48, windows_join=True)
     graphs.set_widths(verify, options().verify_widths())
     most = {width: max(sizes) for width, sizes in graphs._sizes_by_width(verify).items()}
-    assert most == {1: 48, 3: 218, 5: 150, 8: 112, 16: 80, 32: 48, 64: 2}
+    assert most == {1: 48, 2: 304, 3: 218, 5: 150, 8: 112, 16: 80, 32: 48, 64: 2}
+
+
+def test_sglang_captures_all_of_them_those_of_more_windows_than_it_has_requests_too(up_to_256: Any) -> None:
+    verify = runner(48, windows_join=True)
+    verify.server_args = get_server_args()
+    graphs.set_widths(verify, options().verify_widths())
+    for width, sizes in graphs._sizes_by_width(verify).items():
+        config = with_phase(CudaGraphConfig(), Phase.DECODE, bs=sizes, max_bs=max(sizes))
+        with get_context().override_server_args(cuda_graph_config=config):
+            arguments: dict[str, Any] = {"captured_req_width": width, "gathered_buffer_required": False}
+            assert max(get_batch_sizes_to_capture(verify, **arguments)[0]) <= 48, "by itself"
+            captured, _ = graphs.keep_sizes(get_batch_sizes_to_capture, verify, **arguments)
+            assert set(captured) >= set(sizes) and max(captured) == max(sizes)
 
 
 def test_small_passes_have_graphs_of_powers_of_two(up_to_256: Any) -> None:

@@ -57,6 +57,15 @@ def _sizes_by_width(runner: Any) -> dict[int, list[int]]:
     return by_width
 
 
+def keep_sizes(original: Callable[..., tuple[list[int], list[int]]], runner: Any, *args: Any, **how: Any) -> Any:
+    """Around SGLang's choice of what is captured: it leaves out batches of more requests than a server may have, where
+    a pass that reads prompts has as many windows.
+    """
+    captured, compiled = original(runner, *args, **how)
+    beyond = [size for size in get_exec().graph.cuda_graph_config.decode.bs if size > runner.req_to_token_pool.size]
+    return [*captured, *beyond], compiled
+
+
 def capture_passes(capture: Callable[[Any], None], runner: Any) -> None:
     """Around SGLang's capture of a runner's CUDA graphs: where a window pass has two ways, graphs of both. A runner's
     first pass is run twice before it is captured, as SGLang's are, every other one once: most of a start goes there.
