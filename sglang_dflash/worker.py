@@ -7,8 +7,10 @@ features -> draft block -> lattice -> grow -> verify -> sample -> walk -> commit
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,7 +45,7 @@ from sglang_dflash.step.draft_pass import DraftRunner, pools_of
 from sglang_dflash.step.foresight import Foresight
 from sglang_dflash.step.grammar import Grammars
 from sglang_dflash.step.penalties import Penalties
-from sglang_dflash.step.plan import Planner
+from sglang_dflash.step.plan import Planner, Step
 from sglang_dflash.step.prompts import Prompts, PromptWindows
 from sglang_dflash.step.results import StepResult
 from sglang_dflash.step.sampling import adjust_logits, sample_nodes
@@ -51,6 +53,18 @@ from sglang_dflash.step.upload import upload
 from sglang_dflash.step.window import Window, window_input
 from sglang_dflash.tree import DraftTree, Walk, walk
 from sglang_dflash.updates import DraftUpdater, TargetUpdater
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step up to its verify pass. positions [bs * w] int64: of the tree's nodes."""
+
+    step: Step
+    window: Window
+    tree: DraftTree
+    prompts: PromptWindows | None
+    positions: Tensor
+    grammars: Grammars | None
 
 
 class DFlashWorker(BaseSpecWorker):
@@ -152,16 +166,15 @@ class DFlashWorker(BaseSpecWorker):
         batch: a ScheduleBatch whose window slots are allocated. on_publish: told the new lengths as soon as they are
         known. grammar_barrier: brings grammars up to the tokens already accepted.
         """
-        publish = on_publish or (lambda new_seq_lens: None)
         if batch.forward_mode.is_extend():
-            return self._prefill(batch, publish, grammar_barrier)
-        return self._step(batch, publish, grammar_barrier)
+            return self._prefill(batch, on_publish, grammar_barrier)
+        return self._step(batch, on_publish, grammar_barrier)
 
     def _prefill(
-        self, batch: Any, publish: Callable[[Tensor], None], grammar_barrier: Callable[[], None] | None
+        self, batch: Any, publish: Callable[[Tensor], None] | None, grammar_barrier: Callable[[], None] | None
     ) -> GenerationBatchResult:
-        if batch.has_grammar and grammar_barrier is not None:
-            grammar_barrier()  # a mixed batch samples running requests too
+        if batch.has_grammar and batch.decoding_reqs and grammar_barrier is not None:
+            grammar_barrier()  # a mixed batch samples running requests too; those that come in have said nothing
         self.prompts.leave(batch.reqs)
         found = self.penalties.prefill(batch)
         if found is not None:
@@ -171,7 +184,8 @@ class DFlashWorker(BaseSpecWorker):
         )
         self.planner.prefill(batch)
         result.new_seq_lens = batch.seq_lens
-        publish(batch.seq_lens)
+        if publish is not None:
+            publish(batch.seq_lens)
         features, result.logits_output.hidden_states = result.logits_output.hidden_states, None
         plan, result.kv_loc_plan = result.kv_loc_plan, None
         self.draft.write_context(
@@ -185,7 +199,7 @@ class DFlashWorker(BaseSpecWorker):
         return result
 
     def _step(
-        self, batch: Any, publish: Callable[[Tensor], None], grammar_barrier: Callable[[], None] | None
+        self, batch: Any, publish: Callable[[Tensor], None] | None, grammar_barrier: Callable[[], None] | None
     ) -> GenerationBatchResult:
         joined = self.prompts.take(batch.reqs)
         if joined:
@@ -202,37 +216,55 @@ class DFlashWorker(BaseSpecWorker):
         grammars = Grammars(batch, tree) if batch.has_grammar else None
         verified, positions = self._verify(batch, window, tree, prompts)
         step.clock.verified()
-        output = verified.logits_output
+        result = StepResult(
+            logits_output=verified.logits_output,
+            next_draft_input=Carry.awaited(batch),
+            can_run_cuda_graph=verified.can_run_cuda_graph,
+            speculative_num_draft_tokens=self.options.window,
+            read=joined,
+            learn=partial(self.planner.learn, step),
+        )
+        launched = Launched(step, window, tree, prompts, positions, grammars)
+        if grammars is not None and grammar_barrier is not None:
+            grammar_barrier()  # where nothing was drafted nobody has asked
+        if grammars is None or publish is None or self.keeps_states:
+            return self._accept(result, batch, launched, publish)
+        # While the pass runs SGLang takes in the results of the step before, and calls this then: masks need the host.
+        result.delay_sample_func = partial(self._accept, result, copy.copy(batch), launched, publish)
+        return result
+
+    @torch.inference_mode()
+    def _accept(
+        self, result: StepResult, batch: Any, launched: Launched, publish: Callable[[Tensor], None] | None
+    ) -> StepResult:
+        """What of a step's tree the target's samples accept, kept and told."""
+        step, window, tree, grammars = launched.step, launched.window, launched.tree, launched.grammars
+        output = result.logits_output
         features, output.hidden_states = output.hidden_states, None
         if grammars is not None:
-            grammars.mask_ahead(output.next_token_logits, grammar_barrier)
-        walked = self._sample_and_walk(batch, window, output, positions, tree, step.penalised, grammars)
+            grammars.mask_ahead(output.next_token_logits)
+        walked = self._sample_and_walk(batch, window, output, launched.positions, tree, step.penalised, grammars)
         if grammars is not None:
             self.planner.checked(grammars)
         if step.penalised:
             self.penalties.emitted(batch.req_pool_indices, walked.tokens, walked.lens)
         new_lens = window.prefix_lens + walked.lens
-        publish(new_lens)
-        captured = verified.can_run_cuda_graph
-        commit(window, tree, walked, features, self._target_pools, self.draft, captured, prompts)
+        if publish is not None:
+            publish(new_lens)
+        captured = result.can_run_cuda_graph
+        commit(window, tree, walked, features, self._target_pools, self.draft, captured, launched.prompts)
         if self.keeps_states:
             self._commit_states(batch, walked, tree.tokens.shape[1])
         step.clock.done()
         self.planner.catch_up()
-        return StepResult(
-            logits_output=output,
-            next_token_ids=walked.tokens.flatten(),
-            # A root alone emits one token, as the host knows before; and no shape is smaller, to learn of.
-            accept_lens=walked.lens if step.shape.nodes else torch.ones(len(walked.lens), dtype=torch.int32),
-            next_draft_input=Carry.of(walked.last, new_lens),
-            new_seq_lens=new_lens,
-            can_run_cuda_graph=captured,
-            speculative_num_draft_tokens=self.options.window,
-            speculative_output_stride=walked.tokens.shape[1],
-            nodes=walked.nodes if step.choice.shape else None,
-            read=joined,
-            learn=partial(self.planner.learn, step),
-        )
+        result.next_token_ids = walked.tokens.flatten()
+        # A root alone emits one token, as the host knows before; and no shape is smaller, to learn of.
+        result.accept_lens = walked.lens if step.shape.nodes else torch.ones(len(walked.lens), dtype=torch.int32)
+        result.next_draft_input.fill(walked.last, new_lens)
+        result.new_seq_lens = new_lens
+        result.speculative_output_stride = walked.tokens.shape[1]
+        result.nodes = walked.nodes if step.choice.shape else None
+        return result
 
     def _leads(self, batch: Any, grammar_barrier: Callable[[], None] | None) -> Leads | None:
         """What grammars let come next. While the draft's pass runs, the host waits for the step before it."""

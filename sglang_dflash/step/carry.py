@@ -31,13 +31,19 @@ class Carry(DFlashDraftInputV2):
     def of(cls, bonus_tokens: Tensor, new_seq_lens: Tensor) -> Carry:
         """The state after a step: bonus_tokens [bs], the last sample, not yet in the cache; new_seq_lens [bs]."""
         nothing = torch.empty(len(new_seq_lens), 0, device=new_seq_lens.device)
-        return cls(
-            topk_p=nothing,
-            topk_index=nothing,
-            hidden_states=nothing,
-            bonus_tokens=bonus_tokens.to(torch.int64),
-            new_seq_lens=new_seq_lens.to(torch.int64),
-        )
+        carry = cls(nothing, nothing, bonus_tokens=nothing, new_seq_lens=nothing, hidden_states=nothing)
+        carry.fill(bonus_tokens, new_seq_lens)
+        return carry
+
+    @classmethod
+    def awaited(cls, batch: Any) -> Carry:
+        """The state after a step that still runs: `fill` says it."""
+        nothing = torch.empty(len(batch.reqs), 0, device=batch.device)
+        return cls(nothing, nothing, bonus_tokens=nothing, new_seq_lens=nothing, hidden_states=nothing)
+
+    def fill(self, bonus_tokens: Tensor, new_seq_lens: Tensor) -> None:
+        """As in `of`."""
+        self.bonus_tokens, self.new_seq_lens = bonus_tokens.to(torch.int64), new_seq_lens.to(torch.int64)
 
     def prepare_for_decode(self, batch: Any) -> None:
         """Allocate the next window."""

@@ -24,7 +24,7 @@ from xgrammar import BatchGrammarMatcher
 
 from sglang_dflash import embedded
 from sglang_dflash.step import grammar, sampling
-from sglang_dflash.step.grammar import Grammars, fill_masks, looks_ahead
+from sglang_dflash.step.grammar import Grammars, fill_masks, fill_trees, looks_ahead
 from sglang_dflash.tree import DraftTree, walk
 
 VOCAB, EOS, WIDTH = 49152, 0, 12
@@ -136,6 +136,11 @@ def fill_one(grammar: Any, tokens: list[int], parents: list[int], masks: Tensor)
     return fill_masks([grammar], [0], [tokens], [parents], masks)
 
 
+def fill_whole(grammar: Any, tokens: list[int], parents: list[int], masks: Tensor) -> None:
+    tree = torch.tensor([[tokens], [parents]])
+    assert fill_trees([grammar], [0], tree, masks) == []
+
+
 def check_trees(case: Case, fill: Any = fill_one) -> None:
     """Fill the masks of trees all along a text, and compare each."""
     make, text = case
@@ -153,6 +158,28 @@ def check_trees(case: Case, fill: Any = fill_one) -> None:
 
 def test_every_node_is_masked_by_the_state_of_its_own_path(case: Case) -> None:
     check_trees(case)
+
+
+@pytest.mark.parametrize(("backend", "case"), [("xgrammar", kind) for kind in GRAMMARS], indirect=True)
+def test_whole_trees_are_masked_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "QUICK", 60.0)
+    check_trees(case, fill_whole)
+
+
+@pytest.mark.parametrize(("backend", "case"), [("xgrammar", "json")], indirect=True)
+def test_a_tree_that_takes_long_is_left_as_it_was(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = 0
+
+    def then_node_by_node(grammar: Any, tokens: list[int], parents: list[int], masks: Tensor) -> None:
+        nonlocal left
+        if fill_trees([grammar], [0], torch.tensor([[tokens], [parents]]), masks):
+            assert bool((masks == -1).all())
+            left += 1
+            fill_one(grammar, tokens, parents, masks)
+
+    monkeypatch.setattr(grammar, "QUICK", 1e-9)
+    check_trees(case, then_node_by_node)
+    assert left > 10
 
 
 @pytest.mark.parametrize(("backend", "case"), [("xgrammar", "json")], indirect=True)
@@ -185,7 +212,7 @@ def test_masks_that_are_broken_off_leave_the_grammar_where_it_was(case: Case) ->
 @pytest.mark.parametrize("long", [0.0, 60.0], ids=["side by side", "one by one"])
 @pytest.mark.parametrize(("backend", "case"), [("xgrammar", "json"), ("xgrammar", "thinking")], indirect=True)
 def test_a_batch_s_logits_are_masked_row_by_row(case: Case, long: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests with a grammar about one without; the grammars are a token behind until the barrier."""
+    """Requests with a grammar about one without; the grammars are a token behind until the masks."""
     monkeypatch.setattr(grammar, "LONG", long)
     monkeypatch.setattr(grammar, "_cores", lambda: pytest.fail("threads") if long else BatchGrammarMatcher(4))
     monkeypatch.setattr(grammar, "_end_of_pass", lambda logits: lambda: False)
@@ -199,7 +226,9 @@ def test_a_batch_s_logits_are_masked_row_by_row(case: Case, long: float, monkeyp
         reqs[2].grammar.accept_token(token)
     grammars = Grammars(SimpleNamespace(reqs=reqs, sampling_info=SimpleNamespace(vocab_size=VOCAB)), tree)
     logits = torch.ones(len(reqs) * WIDTH, VOCAB)
-    grammars.mask_ahead(logits, lambda: [reqs[row].grammar.accept_token(t) for row, t in ((0, text[0]), (2, text[-2]))])
+    for row, token in ((0, text[0]), (2, text[-2])):
+        reqs[row].grammar.accept_token(token)
+    grammars.mask_ahead(logits)
     rows = logits.view(len(reqs), WIDTH, VOCAB)
     assert bool((rows[1] == 1).all())
     for row in (0, 2, 3):
@@ -328,7 +357,7 @@ def check_walks(case: Case, which: list[int], seed: int = 2) -> tuple[int, int]:
         over = iter([False] * rng.choice([0, 0, 2, 6]) + [True] * 99)
         with patch.multiple(grammar, _end_of_pass=lambda logits, over=over: over.__next__, _fill=counted):
             grammars = Grammars(SimpleNamespace(reqs=reqs, sampling_info=info), tree)
-            grammars.mask_ahead(logits, None)
+            grammars.mask_ahead(logits)
             ahead = rng.random() < 0.5
             every = sampling._sample(logits, positions.flatten(), info, slice(None)).view(positions.shape)
             sampled = sampling._sample_along(
@@ -427,5 +456,5 @@ def at_roots(req: Any, vocab: int, after: list[int]) -> tuple[Tensor, Grammars]:
     tree = DraftTree(tokens, (depths - 1).clamp(min=0), depths, torch.ones(1, 3, 3).tril().bool(), depths.float(), 2)
     grammars = Grammars(SimpleNamespace(reqs=[req], sampling_info=SimpleNamespace(vocab_size=vocab)), tree)
     logits = torch.ones(3, vocab)
-    grammars.mask_ahead(logits, None)
+    grammars.mask_ahead(logits)
     return logits, grammars
