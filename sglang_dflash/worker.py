@@ -218,7 +218,7 @@ class DFlashWorker(BaseSpecWorker):
         step.clock.verified()
         result = StepResult(
             logits_output=verified.logits_output,
-            next_draft_input=Carry.awaited(batch),
+            next_draft_input=Carry.awaited(len(batch.reqs), batch.device),
             can_run_cuda_graph=verified.can_run_cuda_graph,
             speculative_num_draft_tokens=self.options.window,
             read=joined,

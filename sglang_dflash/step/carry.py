@@ -30,15 +30,14 @@ class Carry(DFlashDraftInputV2):
     @classmethod
     def of(cls, bonus_tokens: Tensor, new_seq_lens: Tensor) -> Carry:
         """The state after a step: bonus_tokens [bs], the last sample, not yet in the cache; new_seq_lens [bs]."""
-        nothing = torch.empty(len(new_seq_lens), 0, device=new_seq_lens.device)
-        carry = cls(nothing, nothing, bonus_tokens=nothing, new_seq_lens=nothing, hidden_states=nothing)
+        carry = cls.awaited(len(new_seq_lens), new_seq_lens.device)
         carry.fill(bonus_tokens, new_seq_lens)
         return carry
 
     @classmethod
-    def awaited(cls, batch: Any) -> Carry:
-        """The state after a step that still runs: `fill` says it."""
-        nothing = torch.empty(len(batch.reqs), 0, device=batch.device)
+    def awaited(cls, requests: int, device: Any) -> Carry:
+        """The state after a step that still runs, of so many requests; `fill` says it."""
+        nothing = torch.empty(requests, 0, device=device)
         return cls(nothing, nothing, bonus_tokens=nothing, new_seq_lens=nothing, hidden_states=nothing)
 
     def fill(self, bonus_tokens: Tensor, new_seq_lens: Tensor) -> None:
