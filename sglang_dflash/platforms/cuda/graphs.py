@@ -123,7 +123,7 @@ class WindowGraphs:
             with graph.override(cuda_graph_config=config):
                 self._runners[width] = DecodeCudaGraphRunner(model_runner, speculative_num_draft_tokens=width)
         self._last: DecodeCudaGraphRunner
-        self.capture_bs = sorted({size for batches in sizes.values() for size in batches})
+        self.capture_bs = sorted({size for runner in self._runners.values() for size in runner.capture_bs})
 
     def can_run_graph(self, forward_batch: Any) -> bool:
         """Raises LookupError where no graph has this batch's width."""
