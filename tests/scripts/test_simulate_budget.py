@@ -40,9 +40,9 @@ def record(file: Path, walks: dict[str, list[int]], positions: int = 40) -> Path
 def test_what_each_shape_accepts(simulator: ModuleType, tmp_path: Path) -> None:
     trace = simulator.Trace(record(tmp_path / "t.npz", {"gsm8k 0": [1, 2, 5, 6, 9, 30]}))
     assert dict(zip([s.nodes for s in simulator.SHAPES], trace.accepted[0], strict=True)) == {
-        0: 0, 2: 2, 4: 2, 7: 4, 15: 5, 31: 6,
+        0: 0, 1: 1, 2: 2, 4: 2, 7: 4, 15: 5, 31: 6,
     }  # fmt: skip
-    assert trace.accepted[39].tolist() == [0] * 6  # an answer's end
+    assert trace.accepted[39].tolist() == [0] * 7  # an answer's end
 
 
 @pytest.mark.parametrize(("walk", "best"), [([1, 2, 5, 6, 9, 30], 31), ([], 0)], ids=["a draft", "a useless draft"])
