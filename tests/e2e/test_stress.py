@@ -16,6 +16,7 @@ from penalised_reference import differs_at
 REQUESTS = 100
 PENALISED = 12  # answers with penalties that are read again, the most retracted ones
 POOL = 2048  # tokens; the requests running at once want more
+RETRACT = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "40"}  # where the pool alone forces none
 PATIENCE = (0.1, 0.3) if ON_GPU else (0.5, 2.0)  # seconds that a client which leaves waits, at least and beyond that
 
 
@@ -28,7 +29,7 @@ def test_mixed_requests_in_a_small_pool(
         "--speculative-algorithm", "DFLASH", "--speculative-num-draft-tokens", "3", "--page-size", "16",
         "--max-total-tokens", str(POOL), "--max-running-requests", "24", "--schedule-conservativeness", "0.01",
         "--chunked-prefill-size", "256", "--enable-metrics",
-        *(["--enable-mixed-chunk"] if beside == "mixed chunks" else []), env=planted("prompts beside one"),
+        *(["--enable-mixed-chunk"] if beside == "mixed chunks" else []), env=planted("prompts beside one") | RETRACT,
     ) as url:  # fmt: skip
         wrong, left, penalised = asyncio.run(_load(url, truths, short_bodies))
         assert not wrong
