@@ -25,6 +25,7 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 from torch import Tensor
 
 from sglang_dflash.kernels import Leads
+from sglang_dflash.step.upload import upload_numbers
 
 FEW = 512  # words of a mask that hold tokens, where a grammar leaves little open
 BRANCHES = 4  # ways that are told, where one of several comes
@@ -87,13 +88,12 @@ class Foresight:
             return None
         bs, places = len(coming), self._places
         none = [-1] * places
-        numbers = [n for each in coming for n in (each.tokens + none)[:places]]
-        numbers += [n for each in coming for n in (each.before + none)[:places]]
-        numbers += [int(each.sure) for each in coming]
-        on_gpu = torch.device(device).type == "cuda"
-        host = torch.from_numpy(np.array(numbers))  # of a list torch itself takes three times as long
-        some = (host.pin_memory() if on_gpu else host).to(device, non_blocking=True)  # in one copy
-        tokens, before, sure = some.split([bs * places, bs * places, bs])
+        tokens, before, sure = upload_numbers(
+            torch.device(device),
+            [n for each in coming for n in (each.tokens + none)[:places]],
+            [n for each in coming for n in (each.before + none)[:places]],
+            [each.sure for each in coming],
+        )
         return Leads(tokens.view(bs, places), before.view(bs, places), sure)
 
     def _of(self, req: Any) -> Coming:
