@@ -93,7 +93,8 @@ class Budget:
 
     def _probe(self, best: int, rates: list[float], seconds: list[float], guessed: np.ndarray) -> int:
         """Another shape, of those that were long not seen, where what was saved pays for the seconds that it loses.
-        Nothing else is paid for while the cost of one is a guess: that one may be the dearest, and the best.
+        While the cost of one is a guess nothing else is paid for, but what loses no more than a step saves: that one
+        may be the dearest, and the best.
         """
         lost = [took * (1 - rate / rates[best]) for took, rate in zip(seconds, rates, strict=True)]
 
@@ -102,8 +103,9 @@ class Budget:
             return min(max(RARE[1] * lost[shape] / seconds[best], RARE[0]), RARE[1]) if known else RARE[0]
 
         due = [i for i, steps in enumerate(self._unseen) if rates[i] > 0 and steps >= pause(i)]
-        first = [i for i in due if guessed[i] and lost[i] <= SAVED * seconds[best]]
-        paid = [i for i in first or due if lost[i] <= self._saved]
+        if any(guessed[i] and lost[i] <= SAVED * seconds[best] for i in due):
+            due = [i for i in due if guessed[i] or lost[i] <= PROBES * seconds[best]]
+        paid = [i for i in due if lost[i] <= self._saved]
         if not paid:
             return best
         shape = max(paid, key=self._unseen.__getitem__)

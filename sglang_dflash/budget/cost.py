@@ -126,7 +126,7 @@ class Cost:
 
     def _believed(self, expected: np.ndarray, sort: int, at: int) -> np.ndarray:
         """Seconds of each shape, expected [shapes] by a sort's factors at a size: its own, else those of the nearest
-        shape, else of the nearest size.
+        shape, else of the nearest size; no more than a larger shape's, which has all the same to do.
         """
         if (sort, at) not in self._known:
             self._known[sort, at] = self._nearest_known(sort, at)
@@ -135,10 +135,10 @@ class Cost:
             return expected
         size, nearest = known
         factor = self._factors[sort, nearest, size]
-        if not self._measured:
-            return expected * factor
-        longer = expected + expected[nearest] * (factor - 1)
-        return np.where(factor > 1, longer, expected * factor)
+        seconds = expected * factor
+        if self._measured:
+            seconds = np.where(factor > 1, expected + expected[nearest] * (factor - 1), seconds)
+        return np.minimum.accumulate(seconds[::-1])[::-1]
 
     def _nearest_known(self, sort: int, at: int) -> tuple[int, np.ndarray] | None:
         """The nearest size of which a factor is known, and for each shape the nearest one of which it is there."""

@@ -80,6 +80,19 @@ def test_what_was_learned_wrongly_is_found_out(bs: int, likely: float) -> None:
     assert tokens / seconds > 0.97 * rate
 
 
+@pytest.mark.parametrize("slow", [1.5, 2.0, 4.0])
+@pytest.mark.parametrize("bs", [16, 64])
+def test_plain_steps_timed_among_arriving_prompts_are_soon_timed_anew(bs: int, slow: float) -> None:
+    """As when a load begins: the host was busy with prompts between a few steps, all of them of the smallest shapes."""
+    world, budget = World(0.0), told(Budget(SHAPES, 512))
+    world.run(budget, 256, 300)
+    for shape in (0, 0, 1, 1, 0, 1) * 20:
+        budget.cost.took(bs, shape, slow * world.seconds(bs, SHAPES[shape]))
+    world.run(budget, bs, 100)
+    tokens, seconds, _ = world.run(budget, bs, 200)
+    assert tokens / seconds > 0.97 * bs / roof(bs, SHAPES[0])
+
+
 @pytest.mark.parametrize("likely", [0.3, 0.5, 0.65])
 @pytest.mark.parametrize("bs", [16, 64])
 def test_a_host_that_does_not_keep_up_is_no_reason_against_wider_trees(bs: int, likely: float) -> None:
