@@ -17,6 +17,7 @@ from sglang_dflash.budget.shape import Shape
 
 SIZES = 1 << np.arange(13)  # batch sizes that are told apart; between two, costs are interpolated
 RATE = 0.1  # of a new measurement in what is believed
+FASTER = 0.3  # of one that was faster: a host's hiccups shorten no step
 SURPRISE = 0.7  # most that one measurement counts, in natural logarithms: a hiccup is no cost
 # Where nothing was measured before serving: a token's share of what a pass costs however few it reads, and a draft
 # pass's of the target's. So on a CPU, about: a GPU measures.
@@ -28,11 +29,10 @@ CHECKS = 0.25  # of a step in what a request's grammar is thought to cost
 class Cost:
     """Seconds of a step, by requests, shape and sort of batch.
 
-    Where passes were measured before serving, steps correct that slowly: a hiccup is no cost. But none makes a step
-    faster, so a shape's first steps that are faster than believed are believed at once. What one takes longer than
-    expected, for its contexts or for a host that does not keep up, any other shape is thought to take as well.
-    Elsewhere what is expected only says how costs may compare, and the first step of each shape and size is believed at
-    once.
+    Steps correct slowly what is believed, as a hiccup is no cost; but none makes a step faster, so one that is faster
+    is soon believed. Where passes were measured before serving, what a step takes longer than expected, for its
+    contexts or for a host that does not keep up, any other shape is thought to take as well. Elsewhere what is expected
+    only says how costs may compare, and the first step of each shape and size is believed at once.
 
     Steps of other sorts correct no plain one's: they have factors of their own, over what a plain step and the host's
     checks of its walks against grammars are thought to take. These go by requests: a walk is short in a large tree too.
@@ -44,7 +44,6 @@ class Cost:
         passes = 1 + PER_TOKEN * tokens
         self._expected = passes[..., 0] + DRAFT * np.where(tokens[..., 1] > 0, passes[..., 1], 0)  # [shapes, sizes]
         self._factors = np.full((SORTS, *self._expected.shape), np.nan)  # measured over expected, once there is one
-        self._times = np.zeros(self._factors.shape)  # how often
         self._measured = False  # whether what is expected was
         self._checks = np.zeros(requests)  # seconds a step, by request
         self._usual_checks = math.nan
@@ -84,22 +83,31 @@ class Cost:
             sort, seconds = 0, max(seconds - checks, seconds / 2)  # any step tells the scale of all
         expected = self._without_factor(requests, sort, checks)
         own = self._factors[sort]
-        first = math.isnan(own[shape, at])
+        known = not math.isnan(own[shape, at])
         if not self._measured and np.isnan(self._factors[[0, sort], shape, at]).all():
             own[shape, at] = seconds / expected[shape]
             self._forget()
             return
         believed = self._believed(expected, sort, at)[shape]  # at first, by what is known of shapes and sizes nearby
-        surprise, times = math.log(seconds / believed), self._times[sort]
-        rate = max(RATE, 1 / (1 + times[shape, at])) if surprise < 0 and self._measured else RATE
-        times[shape, at] += 1
-        own[shape, at] = believed / expected[shape] * math.exp(rate * min(surprise, SURPRISE))
-        if first:
+        surprise = math.log(seconds / believed)
+        if known or surprise > 0:
+            surprise = (FASTER if surprise < 0 else RATE) * min(max(surprise, -SURPRISE), SURPRISE)
+        own[shape, at] = believed / expected[shape] * math.exp(surprise)
+        if not known:
             self._forget()
 
     def seconds(self, requests: int, sort: int = 0, checks: float = 0.0) -> np.ndarray:
         """What a step of so many requests is thought to take, [shapes] float64; checks: seconds of it."""
         return self._believed(self._without_factor(requests, sort, checks), sort, _nearest(requests))
+
+    def by_steps_of(self, shape: int, requests: int, sort: int = 0, checks: float = 0.0) -> list[float]:
+        """What steps would be thought to take, [shapes], if of this shape's alone were known what they took; as
+        believed where passes were measured, which says more.
+        """
+        factor = self._factors[sort, shape, _nearest(requests)]
+        if self._measured or math.isnan(factor):
+            return self.seconds(requests, sort, checks).tolist()
+        return (self._without_factor(requests, sort, checks) * factor).tolist()
 
     def checks(self, requests: np.ndarray) -> float:
         """Seconds that checks of these requests are thought to take."""
