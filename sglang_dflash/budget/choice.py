@@ -13,8 +13,7 @@ from sglang_dflash.budget.shape import Shape
 
 PROBES = 0.005  # most of the time that may go to steps of other shapes than the best
 # A shape is tried no more often than every so many steps: a larger one or one whose cost is a guess, every 16. Of a
-# smaller one the cost alone may have changed: the less a step of it is thought to lose, the sooner it is tried; and as
-# soon as a larger one, where it would be the best by what steps of the best one take: its own may have been held up.
+# smaller one the cost alone may have changed: the less a step of it is thought to lose, the sooner it is tried.
 RARE = 16, 1000
 SAVED = 2.0  # most that is saved for probes, in costs of the best step: after a long quiet time they come singly
 
@@ -63,19 +62,10 @@ class Budget:
         tokens = (bs + self.gain.expected(requests[drafting]).sum(0)).tolist()
         shape = 0
         if len(self.shapes) > 1:
-            checks = self.cost.checks(requests)
-            seconds = self.cost.seconds(bs, sort, checks).tolist()
+            seconds = self.cost.seconds(bs, sort, self.cost.checks(requests)).tolist()
             self._last = bs, tokens, seconds
             rates = [made / took if fit else 0.0 for made, took, fit in zip(tokens, seconds, fits, strict=True)]
-            best = shape = rates.index(max(rates))
-            self._saved = min(self._saved + PROBES * seconds[best], SAVED * seconds[best])
-            if drafting.any():
-                unsure = self.cost.guessed(bs, sort).tolist()
-                for smaller, took in enumerate(self.cost.by_steps_of(best, bs, sort, checks)[:best]):
-                    unsure[smaller] |= tokens[smaller] > rates[best] * took
-                shape = self._probe(best, rates, seconds, unsure)
-            self._unseen = [steps + 1 for steps in self._unseen]
-            self._unseen[shape] = 0
+            shape = self._best_or_probe(bs, sort, rates, seconds, bool(drafting.any()))
         return Choice(shape, requests, kinds, drafting, sort, tokens[shape])
 
     def reads_beside(self, fits: Sequence[bool]) -> bool:
@@ -92,20 +82,29 @@ class Budget:
         beside = max(made / took if fit else 0.0 for _, fit, made, took in steps)
         return beside >= max(made / (took + own) for shape, _, made, took in steps if bs <= shape.most)
 
-    def _probe(self, best: int, rates: list[float], seconds: list[float], unsure: list[bool]) -> int:
+    def _best_or_probe(self, bs: int, sort: int, rates: list[float], seconds: list[float], drafts: bool) -> int:
+        """In plain numbers: with arrays of so few shapes it takes twice as long, and a step waits for it."""
+        best = rates.index(max(rates))
+        self._saved = min(self._saved + PROBES * seconds[best], SAVED * seconds[best])
+        shape = self._probe(best, rates, seconds, self.cost.guessed(bs, sort)) if drafts else best
+        self._unseen = [steps + 1 for steps in self._unseen]
+        self._unseen[shape] = 0
+        return shape
+
+    def _probe(self, best: int, rates: list[float], seconds: list[float], guessed: np.ndarray) -> int:
         """Another shape, of those that were long not seen, where what was saved pays for the seconds that it loses.
-        unsure: of whose costs nobody is sure. While there is one that may be the best nothing else is paid for, but
-        what loses no more than a step saves. In plain numbers: with arrays of so few shapes it takes twice as long.
+        While the cost of one is a guess nothing else is paid for, but what loses no more than a step saves: that one
+        may be the dearest, and the best.
         """
         lost = [took * (1 - rate / rates[best]) for took, rate in zip(seconds, rates, strict=True)]
 
         def pause(shape: int) -> float:
-            known = shape < best and not unsure[shape]
+            known = shape < best and not guessed[shape]
             return min(max(RARE[1] * lost[shape] / seconds[best], RARE[0]), RARE[1]) if known else RARE[0]
 
         due = [i for i, steps in enumerate(self._unseen) if rates[i] > 0 and steps >= pause(i)]
-        if any(unsure[i] and lost[i] <= SAVED * seconds[best] for i in due):
-            due = [i for i in due if unsure[i] or lost[i] <= PROBES * seconds[best]]
+        if any(guessed[i] and lost[i] <= SAVED * seconds[best] for i in due):
+            due = [i for i in due if guessed[i] or lost[i] <= PROBES * seconds[best]]
         paid = [i for i in due if lost[i] <= self._saved]
         if not paid:
             return best

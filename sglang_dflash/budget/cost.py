@@ -100,15 +100,6 @@ class Cost:
         """What a step of so many requests is thought to take, [shapes] float64; checks: seconds of it."""
         return self._believed(self._without_factor(requests, sort, checks), sort, _nearest(requests))
 
-    def by_steps_of(self, shape: int, requests: int, sort: int = 0, checks: float = 0.0) -> list[float]:
-        """What steps would be thought to take, [shapes], if of this shape's alone were known what they took; as
-        believed where passes were measured, which says more.
-        """
-        factor = self._factors[sort, shape, _nearest(requests)]
-        if self._measured or math.isnan(factor):
-            return self.seconds(requests, sort, checks).tolist()
-        return (self._without_factor(requests, sort, checks) * factor).tolist()
-
     def checks(self, requests: np.ndarray) -> float:
         """Seconds that checks of these requests are thought to take."""
         return float(self._checks[requests].sum()) if self._any_checks else 0.0
