@@ -83,17 +83,19 @@ class Cost:
             sort, seconds = 0, max(seconds - checks, seconds / 2)  # any step tells the scale of all
         expected = self._without_factor(requests, sort, checks)
         own = self._factors[sort]
-        known = not math.isnan(own[shape, at])
+        first = math.isnan(own[shape, at])
         if not self._measured and np.isnan(self._factors[[0, sort], shape, at]).all():
             own[shape, at] = seconds / expected[shape]
             self._forget()
             return
         believed = self._believed(expected, sort, at)[shape]  # at first, by what is known of shapes and sizes nearby
         surprise = math.log(seconds / believed)
-        if known or surprise > 0:
-            surprise = (FASTER if surprise < 0 else RATE) * min(max(surprise, -SURPRISE), SURPRISE)
-        own[shape, at] = believed / expected[shape] * math.exp(surprise)
-        if not known:
+        if first and surprise < 0:  # it takes the place of what was believed
+            change = surprise
+        else:
+            change = (FASTER if surprise < 0 else RATE) * min(max(surprise, -SURPRISE), SURPRISE)
+        own[shape, at] = believed / expected[shape] * math.exp(change)
+        if first:
             self._forget()
 
     def seconds(self, requests: int, sort: int = 0, checks: float = 0.0) -> np.ndarray:
