@@ -124,3 +124,17 @@ def test_a_pass_without_a_graph_of_its_width_is_an_error() -> None:
     batch.spec_info.draft_token_num = 7
     with pytest.raises(LookupError, match=r"7 tokens a request has no CUDA graph: there are graphs of \[8\]"):
         made.can_run_graph(batch)
+
+
+def test_no_batch_is_padded_to_a_size_that_takes_longer_than_a_larger_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {1: 5.0, 2: 3.8, 32: 4.0, 64: 4.4, 128: 5.6}  # ms, of passes of two tokens a request
+    many = {192: 7.6, 224: 12.7, 256: 9.4, 288: 11.5, 320: 11.3}
+    monkeypatch.setattr(graphs, "_replayed", lambda runner, size: (few | many)[size] / 1000)
+    sizes = sorted([*few, 24, 48, *many])
+    made = object.__new__(graphs.WindowGraphs)
+    made._runners = {2: SimpleNamespace(capture_bs=sizes, max_bs=320)}
+    seconds = made.seconds(agreed=lambda number: number + 1)  # the first rank's
+    # Of few tokens none is left out, nor by a difference that may be chance.
+    assert sizes == [1, 2, 24, 32, 48, 64, 128, 192, 256, 288, 320]
+    timed = {size: pytest.approx(took / 1000 + 1e-6) for size, took in (few | many).items() if size != 224}
+    assert seconds == {2: timed}

@@ -7,7 +7,7 @@ width; one that no runner has is an error, as the shapes that the budget may cho
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count, pairwise
+from itertools import count
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from sglang_dflash.platforms.cuda.attention import WindowAttention
 # waits for the weights alone, only powers of two.
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, *range(16, 32, 4), *range(32, 64, 8), *range(64, 128, 16), *range(128, 513, 32))
 FEW_TOKENS = 64
-TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of them
+TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of them, and all passes of more tokens than these
+MANY_TOKENS = 256
+SLOWER = 1.1  # than a pass of more tokens: less than that may be chance, others being at work on the GPU
 
 
 def set_widths(runner: Any, widths: dict[int, int]) -> None:
@@ -144,21 +146,36 @@ class WindowGraphs:
         """Requests of the last pass, those that padded it included."""
         return self._last.bs
 
-    def seconds(self) -> dict[int, dict[int, float]]:
-        """What passes take, by width, then by requests: replayed as they were captured, behind prefixes of a token."""
-        return {
-            width: {size: _replayed(runner, size) for size in runner.capture_bs if size in (*TIMED, runner.max_bs)}
-            for width, runner in self._runners.items()
-        }
+    def seconds(self, agreed: Callable[[int], int]) -> dict[int, dict[int, float]]:
+        """What passes take, by width, then by requests: replayed as they were captured, behind prefixes of a token.
+
+        Matrix products of some numbers of tokens take a third longer than those of more, as libraries choose. From now
+        on no batch is padded to a size whose pass takes longer than a larger one's. agreed: gives of a rank's
+        microseconds those that all ranks go by.
+        """
+        return {width: _keep_fast(runner, width, agreed) for width, runner in self._runners.items()}
+
+
+def _keep_fast(runner: Any, width: int, agreed: Callable[[int], int]) -> dict[int, float]:
+    """Seconds by the sizes of a runner that were timed and stay."""
+    many = {size for size in runner.capture_bs if size * width > MANY_TOKENS}
+    some = [size for size in runner.capture_bs if size in (*TIMED, runner.max_bs) or size in many]
+    seconds = {size: agreed(round(1e6 * _replayed(runner, size))) / 1e6 for size in some}
+    for size in many:
+        if seconds[size] > SLOWER * min(took for larger, took in seconds.items() if larger >= size):
+            runner.capture_bs.remove(size)
+    return {size: took for size, took in seconds.items() if size in runner.capture_bs}
 
 
 def _replayed(runner: DecodeCudaGraphRunner, size: int) -> float:
     """Seconds of a pass, the least of two: others may be at work on the GPU."""
     key = min((key for key in runner.backend._graphs if key.size == size), key=str)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+    begin, between, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     with runner.backend.replay_session():
-        for mark in marks:
-            mark.record()
-            runner.backend.replay(key, None)
+        begin.record()
+        runner.backend.replay(key, None)
+        between.record()
+        runner.backend.replay(key, None)
+        end.record()
         torch.cuda.synchronize()
-    return min(begin.elapsed_time(end) for begin, end in pairwise(marks)) / 1000
+    return min(begin.elapsed_time(between), between.elapsed_time(end)) / 1000
