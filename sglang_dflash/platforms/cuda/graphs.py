@@ -23,7 +23,7 @@ from sglang_dflash.platforms.cuda.attention import WindowAttention
 # waits for the weights alone, only powers of two.
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, *range(16, 32, 4), *range(32, 64, 8), *range(64, 128, 16), *range(128, 513, 32))
 FEW_TOKENS = 64
-TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of them, and all passes of more tokens than these
+TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of them, and every pass of more than so many tokens
 MANY_TOKENS = 256
 SLOWER = 1.1  # than a pass of more tokens: less than that may be chance, others being at work on the GPU
 
