@@ -128,8 +128,8 @@ class DFlashWorker(BaseSpecWorker):
             self.draft.worker.init_cuda_graphs(capture_decode_cuda_graph=graphs and self.options.largest.nodes > 0)
         if graphs and self.target.device == "cuda":
             drafting, agreed = self.draft.runner.decode_cuda_graph_runner, ranks.first_ranks_number
-            drafts = drafting.seconds(agreed) if self.options.largest.nodes else {}
-            self.planner.expect(self.target.decode_cuda_graph_runner.seconds(agreed), drafts)
+            drafts = drafting.keep_fast(agreed) if self.options.largest.nodes else {}
+            self.planner.expect(self.target.decode_cuda_graph_runner.keep_fast(agreed), drafts)
 
     def weight_update_runners(self) -> list[tuple[str, Any]]:
         return [("draft", self.draft.runner)]

@@ -146,12 +146,12 @@ class WindowGraphs:
         """Requests of the last pass, those that padded it included."""
         return self._last.bs
 
-    def seconds(self, agreed: Callable[[int], int]) -> dict[int, dict[int, float]]:
-        """What passes take, by width, then by requests: replayed as they were captured, behind prefixes of a token.
+    def keep_fast(self, agreed: Callable[[int], int]) -> dict[int, dict[int, float]]:
+        """Time passes, and from now on pad no batch to a size that takes longer than a larger one: libraries choose
+        matrix products of 448 tokens that take a third longer than those of 512.
 
-        Matrix products of some numbers of tokens take a third longer than those of more, as libraries choose. From now
-        on no batch is padded to a size whose pass takes longer than a larger one's. agreed: gives of a rank's
-        microseconds those that all ranks go by.
+        Passes are replayed as they were captured, behind prefixes of a token. agreed: gives of a rank's microseconds
+        those that all ranks go by. Returns seconds by width, then by requests.
         """
         return {width: _keep_fast(runner, width, agreed) for width, runner in self._runners.items()}
 
