@@ -102,14 +102,16 @@ def _settle_arguments(original: Callable[[Any], None], server_args: Any) -> None
 
 @functools.cache  # a hook is registered once
 def _take_over_requests() -> None:
-    """Accept rates told by path, and samples of one request with seeds of their own."""
-    from sglang_dflash import metrics
+    """Accept rates told by path, samples of one request with seeds of their own, and streams that keep up."""
+    from sglang_dflash import metrics, streaming
     from sglang_dflash.step import seeds
 
     managers = "sglang.srt.managers"
     manager = f"{managers}.tokenizer_manager.TokenizerManager"
     HookRegistry.register(f"{manager}._calculate_spec_decoding_metrics", metrics.by_path, HookType.AROUND)
     HookRegistry.register(f"{manager}._send_one_request", seeds.seed_each_sample, HookType.AROUND)
+    receive = f"{managers}.tokenizer_manager.async_sock_recv"
+    HookRegistry.register(receive, streaming.Receiver().receive, HookType.AROUND)
     write = f"{managers}.multi_tokenizer_mixin.write_data_for_multi_tokenizer"
     HookRegistry.register(write, _tell_tokenizer_workers, HookType.BEFORE)
     HookRegistry.apply_hooks()

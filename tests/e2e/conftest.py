@@ -83,7 +83,7 @@ def planted(what: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Plain:
-    """Greedy answers of a server without speculation, asked for when they are first needed: to 48 short and 8 long
+    """Greedy answers of a server without speculation, asked for when they are first needed: to 48 short and 4 long
     prompts, to one prompt in many settings, and to two prompts that leave little of a small context.
     """
 
@@ -98,7 +98,7 @@ class Plain:
 
     @cached_property
     def long(self) -> list[Body]:
-        return self._answers(self.long_bodies)
+        return self._answers(self.long_bodies[:4])  # no case asks more
 
     @cached_property
     def settings(self) -> list[Body]:

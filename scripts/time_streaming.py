@@ -1,0 +1,115 @@
+"""Pieces of streamed answers that a server tells clients a second: as SGLang is by itself, and as it is with DFLASH.
+
+python scripts/time_streaming.py streaming.json
+
+SGLang's own client asks servers whose steps are no model's: any tokens, as soon as the step's time is over. So what
+remains is the host's work from the scheduler to the client. The servers come in turn, one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+import typer
+from rich.console import Console
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from sglang_dflash import embedded, streaming
+from sglang_dflash.cli.server import starting
+
+STEP, TOGETHER = "TIME_STREAMING_STEP", "TIME_STREAMING_TOGETHER"  # a step's seconds; whether clients are told as ours
+ANSWER, PROMPT = 128, 64  # tokens
+ENTRY = "[sglang.srt.plugins]\ntime_streaming = time_streaming:register\n"
+
+
+def main(
+    out: Path,
+    step_ms: Annotated[float, typer.Option(help="what a step takes")] = 11.0,
+    at_once: Annotated[int, typer.Option(help="requests")] = 256,
+    requests: Annotated[int, typer.Option(help="a round")] = 1024,
+    rounds: Annotated[int, typer.Option()] = 2,
+) -> None:
+    """Write OUT: a row a round, pieces a second and the server process's seconds of CPU for a thousand of them."""
+    rows = []
+    for _ in range(rounds):
+        for server in ("SGLang's", "ours"):
+            rows.append({"server": server, **_round(server == "ours", step_ms / 1e3, at_once, requests)})
+            print(rows[-1])
+    about = {"step_ms": step_ms, "at_once": at_once, "device": f"{os.cpu_count()} CPU cores"}
+    versions = {name: version(name) for name in ("sglang", "uvloop", "uvicorn")}
+    out.write_text(json.dumps({**about, "versions": versions, "rows": rows}, indent=1) + "\n")
+
+
+def _round(ours: bool, step: float, at_once: int, requests: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        info = Path(folder, "time_streaming-0.dist-info")
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: time-streaming\nVersion: 0\n")
+        (info / "entry_points.txt").write_text(ENTRY)
+        env = {"PYTHONPATH": f"{folder}:{Path(__file__).parent}", STEP: str(step), TOGETHER: "yes" if ours else ""}
+        model = str(embedded.target_path())
+        args = ["--model-path", model, "--max-running-requests", str(at_once), "--log-level", "warning"]
+        args += ["--batch-notify-size", str(streaming.ALL_NOTICES)] if ours else []
+        with starting("server", args, env) as server:
+            url = server.ready(Console())
+            before = _cpu_seconds(server.process.pid)
+            result = _ask(url, model, at_once, requests, Path(folder, "result"))
+            pieces = result["total_output_tokens"]
+            used = _cpu_seconds(server.process.pid) - before
+    seconds = {"pieces_s": round(pieces / result["duration"]), "cpu_ms_per_piece": round(1e3 * used / pieces, 4)}
+    return seconds | {name: round(result[name], 1) for name in ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms")}
+
+
+def _ask(url: str, model: str, at_once: int, requests: int, file: Path) -> dict[str, Any]:
+    command = [
+        sys.executable, "-m", "sglang.benchmark.serving", "--backend", "sglang", "--base-url", url, "--model", model,
+        "--dataset-name", "random-ids", "--random-input-len", PROMPT, "--random-output-len", ANSWER,
+        "--random-range-ratio", 1, "--num-prompts", requests, "--max-concurrency", at_once, "--disable-tqdm",
+        "--output-file", file,
+    ]  # fmt: skip
+    subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    return json.loads(file.read_text())  # type: ignore[no-any-return]
+
+
+def _cpu_seconds(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+def register() -> None:
+    """The plug-in in those servers."""
+    forward = "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation"
+    HookRegistry.register(forward, _Steps(float(os.environ[STEP])).step, HookType.REPLACE)
+    if os.environ[TOGETHER]:
+        receive = "sglang.srt.managers.tokenizer_manager.async_sock_recv"
+        HookRegistry.register(receive, streaming.Receiver().receive, HookType.AROUND)
+
+
+class _Steps:
+    """Steps that take their time, whatever is in them."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._next = seconds, 0.0
+
+    def step(self, worker: Any, batch: Any, *_: Any, **__: Any) -> Any:
+        from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+
+        time.sleep(max(self._next - time.monotonic(), 0))
+        self._next = time.monotonic() + self._seconds
+        tokens = torch.randint(1000, 3000, (len(batch.reqs),))
+        return GenerationBatchResult(LogitsProcessorOutput(next_token_logits=None), next_token_ids=tokens)
+
+
+if __name__ == "__main__":
+    typer.run(main)
