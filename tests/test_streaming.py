@@ -36,7 +36,7 @@ class Manager(TokenizerManager):
         self.enable_metrics = self.enable_lora = self.incremental_streaming_output = False
         self.dump_requests_folder = self.crash_dump_folder = ""
         self.config_value = {"weight_version": "0"}.get
-        self.signal_handler = self.request_logger = SimpleNamespace(log_finished_request=lambda *_, **__: None)
+        self.request_logger = SimpleNamespace(log_finished_request=lambda *_, **__: None)
         self.request_metrics_exporter_manager = SimpleNamespace(exporter_enabled=lambda: False)
 
 
@@ -64,7 +64,7 @@ async def pieces(steps: int, path: Path) -> list[list[str]]:
     await asyncio.sleep(0)
     for step in range(steps):
         sock_send(push, results(step, steps - 1))
-    await asyncio.sleep(0.2)  # they have come
+    await asyncio.sleep(0.5)  # they have come
     loop = asyncio.create_task(manager.handle_loop())
     told = asyncio.gather(*clients)
     await asyncio.wait([loop, told], return_when=asyncio.FIRST_COMPLETED)
