@@ -16,7 +16,7 @@ from penalised_reference import differs_at
 REQUESTS = 72
 PENALISED = 8  # answers with penalties that are read again, the most retracted ones
 POOL = 2048  # tokens; the requests running at once want more
-RETRACT = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "40"}  # where the pool alone forces none
+RETRACT = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "20"}  # where the pool alone forces none
 PATIENCE = (0.1, 0.3) if ON_GPU else (0.5, 2.0)  # seconds that a client which leaves waits, at least and beyond that
 
 
