@@ -12,25 +12,24 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
+import time_shapes
 import torch
 import typer
 from rich.console import Console
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_dflash import embedded, streaming
+from sglang_dflash import embedded, plugin, streaming
 from sglang_dflash.cli.server import starting
 
 STEP, TOGETHER = "TIME_STREAMING_STEP", "TIME_STREAMING_TOGETHER"  # a step's seconds; whether clients are told as ours
 ANSWER, PROMPT = 128, 64  # tokens
-ENTRY = "[sglang.srt.plugins]\ntime_streaming = time_streaming:register\n"
 
 
 def main(
@@ -52,21 +51,17 @@ def main(
 
 
 def _round(ours: bool, step: float, at_once: int, requests: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        info = Path(folder, "time_streaming-0.dist-info")
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: time-streaming\nVersion: 0\n")
-        (info / "entry_points.txt").write_text(ENTRY)
-        env = {"PYTHONPATH": f"{folder}:{Path(__file__).parent}", STEP: str(step), TOGETHER: "yes" if ours else ""}
-        model = str(embedded.target_path())
-        args = ["--model-path", model, "--max-running-requests", str(at_once), "--log-level", "warning"]
-        args += ["--batch-notify-size", str(streaming.ALL_NOTICES)] if ours else []
+    model = str(embedded.target_path())
+    args = ["--model-path", model, "--max-running-requests", str(at_once), "--log-level", "warning"]
+    args += ["--batch-notify-size", str(streaming.ALL_NOTICES)] if ours else []
+    with time_shapes.plugged_in("time_streaming") as (file, env):
+        env |= {STEP: str(step), TOGETHER: "yes" if ours else ""}
         with starting("server", args, env) as server:
             url = server.ready(Console())
             before = _cpu_seconds(server.process.pid)
-            result = _ask(url, model, at_once, requests, Path(folder, "result"))
-            pieces = result["total_output_tokens"]
+            result = _ask(url, model, at_once, requests, file)
             used = _cpu_seconds(server.process.pid) - before
+    pieces = result["total_output_tokens"]
     seconds = {"pieces_s": round(pieces / result["duration"]), "cpu_ms_per_piece": round(1e3 * used / pieces, 4)}
     return seconds | {name: round(result[name], 1) for name in ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms")}
 
@@ -92,8 +87,7 @@ def register() -> None:
     forward = "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation"
     HookRegistry.register(forward, _Steps(float(os.environ[STEP])).step, HookType.REPLACE)
     if os.environ[TOGETHER]:
-        receive = "sglang.srt.managers.tokenizer_manager.async_sock_recv"
-        HookRegistry.register(receive, streaming.Receiver().receive, HookType.AROUND)
+        plugin.take_over_requests()
 
 
 class _Steps:

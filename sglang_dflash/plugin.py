@@ -97,11 +97,11 @@ def _settle_arguments(original: Callable[[Any], None], server_args: Any) -> None
     from sglang_dflash import arguments
 
     arguments.settle_arguments(original, server_args)
-    _take_over_requests()
+    take_over_requests()
 
 
 @functools.cache  # a hook is registered once
-def _take_over_requests() -> None:
+def take_over_requests() -> None:
     """Accept rates told by path, samples of one request with seeds of their own, and streams that keep up."""
     from sglang_dflash import metrics, streaming
     from sglang_dflash.step import seeds
@@ -130,7 +130,7 @@ class _Informed(dict[str, Any]):
 
 
 def _inform(scheduler_info: dict[str, Any]) -> dict[str, Any]:
-    _take_over_requests()
+    take_over_requests()
     return scheduler_info
 
 

@@ -108,7 +108,7 @@ def test_this_sglang_is_hooked(registry: list[str]) -> None:
 
 def test_accept_rates_of_tokenizer_workers_are_over_the_positions_of_a_path_too(registry: list[str]) -> None:
     """They are processes without plug-ins (--tokenizer-worker-num), and read what the first one has written."""
-    plugin._take_over_requests.__wrapped__()
+    plugin.take_over_requests.__wrapped__()
     assert f"{multi_tokenizer_mixin.__name__}.write_data_for_multi_tokenizer" in registry
     assert "sglang.srt.managers.tokenizer_manager.async_sock_recv" in registry
     given, _ = plugin._tell_tokenizer_workers("ports", "arguments", {"max_req_input_len": 500})

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from loading import load
+from loading import ROOT, load
 
 
 @pytest.fixture
-def script() -> ModuleType:
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
     return load("scripts/time_streaming.py")
 
 
