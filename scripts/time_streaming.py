@@ -25,7 +25,7 @@ from rich.console import Console
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_dflash import embedded, plugin, streaming
+from sglang_dflash import embedded, plugin
 from sglang_dflash.cli.server import starting
 
 STEP, TOGETHER = "TIME_STREAMING_STEP", "TIME_STREAMING_TOGETHER"  # a step's seconds; whether clients are told as ours
@@ -53,7 +53,6 @@ def main(
 def _round(ours: bool, step: float, at_once: int, requests: int) -> dict[str, Any]:
     model = str(embedded.target_path())
     args = ["--model-path", model, "--max-running-requests", str(at_once), "--log-level", "warning"]
-    args += ["--batch-notify-size", str(streaming.ALL_NOTICES)] if ours else []
     with time_shapes.plugged_in("time_streaming") as (file, env):
         env |= {STEP: str(step), TOGETHER: "yes" if ours else ""}
         with starting("server", args, env) as server:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sglang_dflash import embedded, streaming
+from sglang_dflash import embedded
 from sglang_dflash.budget import Shape
 from sglang_dflash.checkpoints import Checkpoint
 from sglang_dflash.draft.checkpoint import MASK_EMBEDDING, check_tensors, load_mask_embedding
@@ -245,7 +245,6 @@ def settle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
         speculative_draft_model_quantization=None,  # SGLang lets a draft inherit its target's
         speculative_draft_kv_cache_dtype="auto",  # of the draft's own type, likewise
         **_settled_admission(server_args, chosen),
-        **_settled_streaming(server_args),
         **_settled_pool(server_args),
         **({} if on_cpu else _settled_on_cuda(server_args)),
     )
@@ -313,14 +312,6 @@ def _settled_admission(server_args: Any, chosen: Options) -> dict[str, int]:
     if view.max_running_requests is None and len(chosen.shapes) > 1:
         settled["max_running_requests"] = max(SGLANGS_REQUESTS, view.cuda_graph_config.decode.max_bs or 0)
     return settled
-
-
-def _settled_streaming(server_args: Any) -> dict[str, int]:
-    """When clients are told what came, where the user does not say."""
-    from sglang.srt.arg_groups.overrides import resolving_view
-
-    usual = resolving_view(server_args).batch_notify_size == streaming.SGLANGS_NOTICES
-    return {"batch_notify_size": streaming.ALL_NOTICES} if usual else {}
 
 
 def _settled_pool(server_args: Any) -> dict[str, Any]:

@@ -110,8 +110,9 @@ def take_over_requests() -> None:
     manager = f"{managers}.tokenizer_manager.TokenizerManager"
     HookRegistry.register(f"{manager}._calculate_spec_decoding_metrics", metrics.by_path, HookType.AROUND)
     HookRegistry.register(f"{manager}._send_one_request", seeds.seed_each_sample, HookType.AROUND)
-    receive = f"{managers}.tokenizer_manager.async_sock_recv"
-    HookRegistry.register(receive, streaming.Receiver().receive, HookType.AROUND)
+    receiver = streaming.Receiver()
+    HookRegistry.register(f"{managers}.tokenizer_manager.async_sock_recv", receiver.receive, HookType.AROUND)
+    HookRegistry.register(f"{manager}._handle_batch_output", receiver.take_in, HookType.AROUND)
     write = f"{managers}.multi_tokenizer_mixin.write_data_for_multi_tokenizer"
     HookRegistry.register(write, _tell_tokenizer_workers, HookType.BEFORE)
     HookRegistry.apply_hooks()

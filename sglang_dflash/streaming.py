@@ -3,7 +3,8 @@
 SGLang's server process takes in a step's results and tells each client of them, some 0.1 ms a client: it lags behind
 256 requests whose steps take less than 25 ms, and with it whatever else it does, a next request's way to the scheduler
 among it. A client is told at once all that has been taken in. But SGLang lets clients be told after every 16th result
-(--batch-notify-size) and behind each step's, so that each step is told of by itself however many wait.
+(--batch-notify-size) and behind each step's, so that each step is told of by itself however many wait. Where none
+waits that is right: clients are told sooner, and ask anew sooner.
 """
 
 from __future__ import annotations
@@ -14,24 +15,35 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SGLANGS_NOTICES = 16
+import zmq
+from sglang.srt.runtime_context import get_serving
+
 ALL_NOTICES = 1 << 30  # as --batch-notify-size
 LONGEST = 0.25  # seconds until clients are told all the same: what comes may take as long to take in as to compute
 TURN = 0.001  # seconds, in which whoever can go on does
 
 
 class Receiver:
-    """Where a server process receives what steps brought: no client is told before no more waits."""
+    """Where a server process receives what steps brought: of what has waited no client is told before no more waits."""
 
     def __init__(self) -> None:
         self._turn = time.monotonic()
+        self._waited = False
 
     async def receive(self, original: Callable[..., Any], socket: Any, flags: int = 0) -> Any:
         """Around SGLang's receiving of one step's results."""
         if time.monotonic() - self._turn > LONGEST:
             await asyncio.sleep(TURN)
             self._turn = time.monotonic()
+        self._waited = bool(socket.get(zmq.EVENTS) & zmq.POLLIN)
         return await original(_AtOnce(socket), flags)
+
+    async def take_in(self, original: Callable[..., Any], manager: Any, results: Any) -> None:
+        """Around SGLang's taking in of one step's results."""
+        serving = get_serving()
+        size = ALL_NOTICES if self._waited else serving.batch_notify_size
+        with serving.override(batch_notify_size=size):
+            await original(manager, results)
 
 
 class _AtOnce:

@@ -22,7 +22,7 @@ from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
-from sglang_dflash import embedded, streaming
+from sglang_dflash import embedded
 from sglang_dflash.arguments import (
     _check_shares,
     _draft_config,
@@ -649,12 +649,6 @@ def test_as_many_requests_run_as_there_are_graphs_for_and_each_joins_at_once(on_
     assert admission(max_running_requests=7, min_free_slots_delay=3) == (7, 3)
     fixed = settle(speculative_num_draft_tokens=31, speculative_num_steps=15)
     assert fixed.max_running_requests is None  # SGLang's to say: each of them needs 32 rows of logits
-
-
-def test_clients_are_told_together_unless_the_user_says_otherwise(on_hopper: None) -> None:
-    assert settle().batch_notify_size == streaming.ALL_NOTICES
-    assert settle(batch_notify_size=64).batch_notify_size == 64
-    assert ServerArgs(model_path="dummy").batch_notify_size == streaming.SGLANGS_NOTICES
 
 
 def test_sliding_layers_have_a_pool_of_their_own_on_cuda_too(

@@ -18,7 +18,7 @@ from sglang.srt.managers import tokenizer_manager
 from sglang.srt.managers.io_struct import BatchStrOutput, GenerateReqInput, sock_send
 from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
 from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
-from sglang.srt.runtime_context import get_context
+from sglang.srt.runtime_context import get_context, get_serving
 from sglang.srt.utils.watchdog import Watchdog
 
 from sglang_dflash import streaming
@@ -84,10 +84,17 @@ async def client(manager: Manager, rid: str) -> list[str]:
 @pytest.fixture
 def told_together(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As a server with this package is."""
-    receive = functools.partial(streaming.Receiver().receive, tokenizer_manager.async_sock_recv)
+    receiver = streaming.Receiver()
+    receive = functools.partial(receiver.receive, tokenizer_manager.async_sock_recv)
+    take_in = functools.partialmethod(_take_in, receiver, TokenizerManager._handle_batch_output)
     monkeypatch.setattr(tokenizer_manager, "async_sock_recv", receive)
-    with get_context().override_server_args(batch_notify_size=streaming.ALL_NOTICES):
+    monkeypatch.setattr(TokenizerManager, "_handle_batch_output", take_in)
+    with get_context().override_server_args():
         yield
+
+
+async def _take_in(manager: Any, receiver: streaming.Receiver, original: Any, results: Any) -> None:
+    await receiver.take_in(original, manager, results)
 
 
 def test_results_that_wait_are_told_together(told_together: None, tmp_path: Path) -> None:
@@ -99,6 +106,36 @@ def test_sglang_tells_them_one_by_one(tmp_path: Path) -> None:
     with get_context().override_server_args():
         told = asyncio.run(pieces(STEPS, tmp_path))
     assert min(map(len, told)) > STEPS / 2
+
+
+def test_where_nothing_waits_clients_are_told_as_sglang_tells_them(tmp_path: Path) -> None:
+    async def sizes() -> list[int]:
+        context = zmq.asyncio.Context()
+        pull, push = context.socket(zmq.PULL), zmq.Context.instance().socket(zmq.PUSH)
+        pull.bind(f"ipc://{tmp_path}/results")
+        push.connect(f"ipc://{tmp_path}/results")
+        receiver, seen = streaming.Receiver(), []
+
+        async def take_in(manager: Any, taken: Any) -> None:
+            seen.append(get_serving().batch_notify_size)
+
+        for waiting in (2, 0, 1):
+            coming = asyncio.create_task(receiver.receive(tokenizer_manager.async_sock_recv, pull))
+            await asyncio.sleep(0.1)  # nothing is there yet
+            for step in range(1 + waiting):
+                sock_send(push, results(step, STEPS))
+            await asyncio.sleep(0.2)  # they have come
+            await receiver.take_in(take_in, None, await coming)
+            for _ in range(waiting):
+                await receiver.take_in(take_in, None, await receiver.receive(tokenizer_manager.async_sock_recv, pull))
+        push.close()
+        context.destroy()
+        return seen
+
+    with get_context().override_server_args(batch_notify_size=7):
+        together = streaming.ALL_NOTICES
+        assert asyncio.run(sizes()) == [7, together, together, 7, 7, together]
+        assert get_serving().batch_notify_size == 7
 
 
 def test_clients_are_told_while_ever_more_waits(
