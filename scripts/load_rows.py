@@ -28,7 +28,8 @@ NAMES = {
     "ours": "ours", "best": "ours, best fixed tree", "plain": "ours, nothing drafted",
     "useless": "ours, a draft of random weights", "apart": "ours, each prompt a pass of its own",
     "wider": "ours, no trees of one node", "late": "ours, each step bound as late as the GPU lets",
-    "every": "ours, slow sizes of passes kept",
+    "every": "ours, slow sizes of passes kept", "shared": "ours, nodes shared across the batch",
+    "early": "the same, clients told of every 16 pieces",
 }  # fmt: skip
 CHOSEN = re.compile(r'^sglang:dflash_shape_steps_total\{.*nodes="(\d+)".*\} (\S+)$', re.MULTILINE)
 TAKEN = re.compile(r'^sglang:dflash_step_seconds_total\{.*part="(\w+)".*\} (\S+)$', re.MULTILINE)

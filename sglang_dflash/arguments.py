@@ -120,7 +120,10 @@ def _trees(bound: int, longest: int, top_k: int, chain: bool) -> dict[int, int]:
     if chain:
         return {n: n for n in (*(min(deep, bound) for _, deep in LADDER), bound)}
     ladder = [n for n, deep in LADDER if n < bound and n <= _paths(top_k, min(deep, longest))]
-    return {n: usual_depth(n, longest) for n in [*ladder, bound]}
+    trees = {n: usual_depth(n, longest) for n in [*ladder, bound]}
+    if bound > _paths(top_k, trees[bound]):  # of a single candidate a position
+        trees[bound] = min(bound, longest)
+    return trees
 
 
 def usual_depth(nodes: int, longest: int) -> int:

@@ -237,6 +237,16 @@ def test_a_default_is_no_more_than_the_lattice_holds(make_draft: MakeDraft) -> N
     assert (options.largest.nodes, options.largest.depth, options.top_k) == (5, 1, 5)
 
 
+@pytest.mark.parametrize(("nodes", "largest"), [(None, 15), (12, 12)])
+def test_of_one_candidate_a_position_trees_are_as_deep_as_they_have_nodes(
+    make_draft: MakeDraft, nodes: int | None, largest: int
+) -> None:
+    draft = make_draft(dflash={"selector_top_k": 1})
+    options = options_of(resolve(speculative_draft_model_path=draft, speculative_num_draft_tokens=nodes))
+    assert (options.largest.nodes, options.largest.depth) == (largest, largest)
+    assert all(shape.nodes == shape.depth for shape in options.shapes)
+
+
 @pytest.mark.parametrize(
     ("arguments", "leads"),
     [
