@@ -3,8 +3,8 @@
 SGLang's server process takes in a step's results and tells each client of them, some 0.1 ms a client: it lags behind
 256 requests whose steps take less than 25 ms, and with it whatever else it does, a next request's way to the scheduler
 among it. A client is told at once all that has been taken in. But SGLang lets clients be told after every 16th result
-(--batch-notify-size) and behind each step's, so that each step is told of by itself however many wait. Where none
-waits that is right: clients are told sooner, and ask anew sooner.
+(--batch-notify-size) and behind each step's, so that each step is told of by itself however many wait. Where no two
+do that is right: clients are told sooner, and ask anew sooner.
 """
 
 from __future__ import annotations
@@ -24,26 +24,32 @@ TURN = 0.001  # seconds, in which whoever can go on does
 
 
 class Receiver:
-    """Where a server process receives what steps brought: of what has waited no client is told before no more waits."""
+    """Where a server process receives what steps brought: while several wait, no client is told of any."""
 
     def __init__(self) -> None:
         self._turn = time.monotonic()
-        self._waited = False
+        self._behind = False
 
     async def receive(self, original: Callable[..., Any], socket: Any, flags: int = 0) -> Any:
         """Around SGLang's receiving of one step's results."""
         if time.monotonic() - self._turn > LONGEST:
             await asyncio.sleep(TURN)
             self._turn = time.monotonic()
-        self._waited = bool(socket.get(zmq.EVENTS) & zmq.POLLIN)
-        return await original(_AtOnce(socket), flags)
+        waited = _some_wait(socket)
+        results = await original(_AtOnce(socket), flags)
+        self._behind = waited and (self._behind or _some_wait(socket))
+        return results
 
     async def take_in(self, original: Callable[..., Any], manager: Any, results: Any) -> None:
         """Around SGLang's taking in of one step's results."""
         serving = get_serving()
-        size = ALL_NOTICES if self._waited else serving.batch_notify_size
+        size = ALL_NOTICES if self._behind else serving.batch_notify_size
         with serving.override(batch_notify_size=size):
             await original(manager, results)
+
+
+def _some_wait(socket: Any) -> bool:
+    return bool(socket.get(zmq.EVENTS) & zmq.POLLIN)
 
 
 class _AtOnce:
