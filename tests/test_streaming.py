@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,8 +82,15 @@ async def client(manager: Manager, rid: str) -> list[str]:
     return [out["text"] async for out in manager._wait_one_response(request)]
 
 
+@pytest.fixture(autouse=True)
+def sglangs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that ask for DFLASH may have hooked this process."""
+    for owner, name in ((tokenizer_manager, "async_sock_recv"), (TokenizerManager, "_handle_batch_output")):
+        monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
+
+
 @pytest.fixture
-def told_together(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def told_together(monkeypatch: pytest.MonkeyPatch, sglangs_own: None) -> Iterator[None]:
     """As a server with this package is."""
     receiver = streaming.Receiver()
     receive = functools.partial(receiver.receive, tokenizer_manager.async_sock_recv)
