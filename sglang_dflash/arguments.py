@@ -119,11 +119,9 @@ def _trees(bound: int, longest: int, top_k: int, chain: bool) -> dict[int, int]:
     """Depth by nodes of the trees, or chains, that a step may take: none of more nodes than bound, none deeper."""
     if chain:
         return {n: n for n in (*(min(deep, bound) for _, deep in LADDER), bound)}
-    ladder = [n for n, deep in LADDER if n < bound and n <= _paths(top_k, min(deep, longest))]
-    trees = {n: usual_depth(n, longest) for n in [*ladder, bound]}
-    if bound > _paths(top_k, trees[bound]):  # of a single candidate a position
-        trees[bound] = min(bound, longest)
-    return trees
+    trees = {n: usual_depth(n, longest) for n in [*(n for n, _ in LADDER if n < bound), bound]}
+    # Of a single candidate a position there is but one path, and a usual depth may not hold its nodes.
+    return {n: deep if n <= _paths(top_k, deep) else min(n, longest) for n, deep in trees.items()}
 
 
 def usual_depth(nodes: int, longest: int) -> int:

@@ -7,6 +7,7 @@ import functools
 import inspect
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,24 +55,31 @@ def results(step: int, last: int) -> BatchStrOutput:
     })  # fmt: skip
 
 
-async def pieces(steps: int, path: Path) -> list[list[str]]:
-    """What each client is told, when so many steps' results wait before the first is taken in."""
+@contextmanager
+def sockets(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Where a server process receives results, and where they are sent."""
     context = zmq.asyncio.Context()
     pull, push = context.socket(zmq.PULL), zmq.Context.instance().socket(zmq.PUSH)
     pull.bind(f"ipc://{path}/results")
     push.connect(f"ipc://{path}/results")
-    manager = Manager(pull)
-    clients = [asyncio.create_task(client(manager, str(i))) for i in range(CLIENTS)]
-    await asyncio.sleep(0)
-    for step in range(steps):
-        sock_send(push, results(step, steps - 1))
-    await asyncio.sleep(0.5)  # they have come
-    loop = asyncio.create_task(manager.handle_loop())
-    told = asyncio.gather(*clients)
-    await asyncio.wait([loop, told], return_when=asyncio.FIRST_COMPLETED)
-    assert loop.cancel(), loop.result()
+    yield pull, push
     push.close()
     context.destroy()
+
+
+async def pieces(steps: int, path: Path) -> list[list[str]]:
+    """What each client is told, when so many steps' results wait before the first is taken in."""
+    with sockets(path) as (pull, push):
+        manager = Manager(pull)
+        clients = [asyncio.create_task(client(manager, str(i))) for i in range(CLIENTS)]
+        await asyncio.sleep(0)
+        for step in range(steps):
+            sock_send(push, results(step, steps - 1))
+        await asyncio.sleep(0.5)  # they have come
+        loop = asyncio.create_task(manager.handle_loop())
+        told = asyncio.gather(*clients)
+        await asyncio.wait([loop, told], return_when=asyncio.FIRST_COMPLETED)
+        assert loop.cancel(), loop.result()
     return told.result()
 
 
@@ -118,26 +126,22 @@ def test_sglang_tells_them_one_by_one(tmp_path: Path) -> None:
 
 def test_where_no_two_steps_wait_clients_are_told_as_sglang_tells_them(tmp_path: Path) -> None:
     async def sizes() -> list[int]:
-        context = zmq.asyncio.Context()
-        pull, push = context.socket(zmq.PULL), zmq.Context.instance().socket(zmq.PUSH)
-        pull.bind(f"ipc://{tmp_path}/results")
-        push.connect(f"ipc://{tmp_path}/results")
         receiver, seen = streaming.Receiver(), []
 
         async def take_in(manager: Any, taken: Any) -> None:
             seen.append(get_serving().batch_notify_size)
 
-        for waiting in (2, 0, 1):
-            coming = asyncio.create_task(receiver.receive(tokenizer_manager.async_sock_recv, pull))
-            await asyncio.sleep(0.1)  # nothing is there yet
-            for step in range(1 + waiting):
-                sock_send(push, results(step, STEPS))
-            await asyncio.sleep(0.2)  # they have come
-            await receiver.take_in(take_in, None, await coming)
-            for _ in range(waiting):
-                await receiver.take_in(take_in, None, await receiver.receive(tokenizer_manager.async_sock_recv, pull))
-        push.close()
-        context.destroy()
+        with sockets(tmp_path) as (pull, push):
+            receive = functools.partial(receiver.receive, tokenizer_manager.async_sock_recv, pull)
+            for waiting in (2, 0, 1):
+                coming = asyncio.create_task(receive())
+                await asyncio.sleep(0.1)  # nothing is there yet
+                for step in range(1 + waiting):
+                    sock_send(push, results(step, STEPS))
+                await asyncio.sleep(0.2)  # they have come
+                await receiver.take_in(take_in, None, await coming)
+                for _ in range(waiting):
+                    await receiver.take_in(take_in, None, await receive())
         return seen
 
     with get_context().override_server_args(batch_notify_size=7):
