@@ -155,7 +155,7 @@ def _take_over() -> None:
     from sglang.srt.models.registry import ModelRegistry
     from sglang.srt.platforms import current_platform
 
-    from sglang_dflash import metrics
+    from sglang_dflash import metrics, streaming
     from sglang_dflash.draft.config import ARCHITECTURES
     from sglang_dflash.draft.network import DFlashDraftModel
     from sglang_dflash.step import admission, carry, penalties, prompts, results, sampling, seeds, session
@@ -173,6 +173,8 @@ def _take_over() -> None:
             results.count_live,
         f"{managers}.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats":
             metrics.by_path_when_told,
+        f"{managers}.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output":
+            streaming.begun_and_ended_first,
         "sglang.srt.model_executor.runner.eager_runner.get_eager_max_batch_size": eager_windows,
         "sglang.srt.layers.sampler.Sampler._sample_from_probs": sampling.sample_from_probs,
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch": seeds.give_seeds,
@@ -188,6 +190,7 @@ def _take_over() -> None:
         runners = "sglang.srt.model_executor.runner"
         around[f"{runners}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture"] = graphs.capture_passes
         around[f"{runners}.decode_cuda_graph_runner.get_batch_sizes_to_capture"] = graphs.keep_sizes
+        around[f"{runners}.base_cuda_graph_runner.freeze_gc"] = graphs.freeze_once
     for target, hook in around.items():
         HookRegistry.register(target, hook, HookType.AROUND)
     assign = "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func"

@@ -5,6 +5,8 @@ SGLang's server process takes in a step's results and tells each client of them,
 among it. A client is told at once all that has been taken in. But SGLang lets clients be told after every 16th result
 (--batch-notify-size) and behind each step's, so that each step is told of by itself however many wait. Where no two
 do that is right: clients are told sooner, and ask anew sooner.
+
+Those whose answer begins or ends wait for it more than those in the midst of theirs: a step's results name them first.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import zmq
@@ -46,6 +48,13 @@ class Receiver:
         size = ALL_NOTICES if self._behind else serving.batch_notify_size
         with serving.override(batch_notify_size=size):
             await original(manager, results)
+
+
+def begun_and_ended_first(
+    original: Callable[..., None], streamer: Any, reqs: Sequence[Any], *args: Any, **how: Any
+) -> None:
+    """Around the scheduler's telling of a batch's requests: clients are told in the order in which these are."""
+    original(streamer, sorted(reqs, key=lambda req: not (req.finished() or req.send_token_offset == 0)), *args, **how)
 
 
 def _some_wait(socket: Any) -> bool:

@@ -16,11 +16,16 @@ import msgspec
 import pytest
 import zmq
 import zmq.asyncio
+from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers import tokenizer_manager
 from sglang.srt.managers.io_struct import BatchStrOutput, GenerateReqInput, sock_send
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
 from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
-from sglang.srt.runtime_context import get_context, get_serving
+from sglang.srt.runtime_context import get_context, get_parallel, get_serving
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.utils.watchdog import Watchdog
 
 from sglang_dflash import streaming
@@ -156,3 +161,36 @@ def test_clients_are_told_while_ever_more_waits(
     monkeypatch.setattr(streaming, "LONGEST", 0.01)
     told = asyncio.run(pieces(200, tmp_path))
     assert min(map(len, told)) > 2
+
+
+def test_answers_that_begin_or_end_are_told_first() -> None:
+    """By SGLang's own telling of a batch, whose order is that of what clients are told."""
+    told: list[Any] = []
+    with get_context().override_server_args() as args, get_parallel().override(dp_rank=None, attn_tp_rank=0):
+        streamer = SchedulerOutputStreamer(
+            send_to_detokenizer=SimpleNamespace(send_output=told.append), tree_cache=None, server_args=args,
+            is_generation=True, spec_algorithm=SpeculativeAlgorithm.DFLASH,
+            disaggregation_mode=DisaggregationMode.NULL, enable_hicache_storage=lambda: False,
+        )  # fmt: skip
+        reqs = [request(name) for name in ("a", "b", "ends", "c", "begins", "begins and ends")]
+        for req in reqs:
+            req.output_ids.append(7)
+        tell = functools.partial(streaming.begun_and_ended_first, SchedulerOutputStreamer.stream_output, streamer)
+        tell([*reqs[:4]], False)
+        for req in reqs:
+            req.output_ids.append(8)
+        reqs[2].finished_reason = reqs[5].finished_reason = FINISH_LENGTH(2)
+        tell(reqs, False)
+        tell(reqs, False)  # of what has ended nothing more
+    assert [output.rids for output in told] == [
+        ["a", "b", "ends", "c"],
+        ["ends", "begins", "begins and ends", "a", "b", "c"],
+        ["a", "b", "c", "begins"],
+    ]
+    assert [list(ids) for ids in told[1].output_ids] == [[8], [7, 8], [7, 8], [8], [8], [8]]
+
+
+def request(name: str) -> Req:
+    params = SamplingParams(max_new_tokens=9)
+    params.normalize(None)
+    return Req(name, "", array("q", [1, 2]), params, stream=True, vocab_size=100)

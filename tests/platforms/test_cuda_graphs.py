@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, Phase, with_phase
-from sglang.srt.model_executor.runner import get_batch_sizes_to_capture
+from sglang.srt.model_executor.runner import base_cuda_graph_runner, get_batch_sizes_to_capture
 from sglang.srt.runtime_context import get_context, get_server_args
 
 from sglang_dflash.budget import Shape
@@ -114,6 +117,43 @@ def test_a_draft_that_drafts_nothing_has_no_graphs_and_no_logits(up_to_256: Any)
     draft = runner(8)
     graphs.set_widths(draft, plain.draft_widths())
     assert draft.max_shared_logits_buffer_rows() == 0 and draft.decode_num_tokens_per_req() == 1
+
+
+@pytest.fixture
+def collections() -> Iterator[list[int]]:
+    """How much garbage was collected in each full collection."""
+    seen: list[int] = []
+
+    def note(phase: str, about: dict[str, int]) -> None:
+        if (phase, about["generation"]) == ("stop", 2):
+            seen.append(about["collected"])
+
+    gc.callbacks.append(note)
+    yield seen
+    gc.callbacks.remove(note)
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_garbage_is_collected_once_for_the_runners_of_all_widths(
+    up_to_256: Any, collections: list[int], monkeypatch: pytest.MonkeyPatch, once: bool
+) -> None:
+    freeze = base_cuda_graph_runner.freeze_gc
+    if once:
+        freeze = functools.partial(graphs.freeze_once, base_cuda_graph_runner.freeze_gc)
+
+    class Runner:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            with freeze(False):
+                assert gc.get_freeze_count() > 0
+            self.capture_bs = [1]
+
+    for name, what in {"DecodeCudaGraphRunner": Runner, "freeze_gc": freeze, "parts_of": lambda _: [joins_not]}.items():
+        monkeypatch.setattr(graphs, name, what)
+    joins_not = SimpleNamespace(windows_join=False, make_room=lambda _: None)
+    verify = runner(256)
+    graphs.set_widths(verify, options().verify_widths())
+    graphs.WindowGraphs(verify)
+    assert len(collections) == (2 if once else 2 + 2 * len(LADDER)) and gc.get_freeze_count() == 0
 
 
 def test_a_pass_without_a_graph_of_its_width_is_an_error() -> None:

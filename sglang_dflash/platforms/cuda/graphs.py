@@ -6,12 +6,15 @@ width; one that no runner has is an error, as the shapes that the budget may cho
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import Any
 
 import torch
 from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
+from sglang.srt.model_executor.runner.base_cuda_graph_runner import freeze_gc
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.runtime_context import get_exec
 
@@ -68,6 +71,15 @@ def keep_sizes(original: Callable[..., tuple[list[int], list[int]]], runner: Any
     return [*captured, *beyond], compiled
 
 
+def freeze_once(
+    original: Callable[[bool], AbstractContextManager[None]], enable_cudagraph_gc: bool
+) -> AbstractContextManager[None]:
+    """Around SGLang's freezing of what is there while a runner captures, which collects garbage before and behind it,
+    half a second each time: nothing is left to do within another's.
+    """
+    return nullcontext() if gc.get_freeze_count() else original(enable_cudagraph_gc)
+
+
 def capture_passes(capture: Callable[[Any], None], runner: Any) -> None:
     """Around SGLang's capture of a runner's CUDA graphs: where a window pass has two ways, graphs of both. A runner's
     first pass is run twice before it is captured, as SGLang's are, every other one once: most of a start goes there.
@@ -120,10 +132,11 @@ class WindowGraphs:
         for backend in parts_of(model_runner.attn_backend):
             backend.make_room({width: max(batches) for width, batches in sizes.items()})
         self._runners: dict[int, DecodeCudaGraphRunner] = {}
-        for width, batches in sizes.items():
-            config = with_phase(graph.cuda_graph_config, Phase.DECODE, bs=batches, max_bs=max(batches))
-            with graph.override(cuda_graph_config=config):
-                self._runners[width] = DecodeCudaGraphRunner(model_runner, speculative_num_draft_tokens=width)
+        with freeze_gc(graph.enable_cudagraph_gc):  # once, for the runners of all widths
+            for width, batches in sizes.items():
+                config = with_phase(graph.cuda_graph_config, Phase.DECODE, bs=batches, max_bs=max(batches))
+                with graph.override(cuda_graph_config=config):
+                    self._runners[width] = DecodeCudaGraphRunner(model_runner, speculative_num_draft_tokens=width)
         self._last: DecodeCudaGraphRunner
         self.capture_bs = sorted({size for runner in self._runners.values() for size in runner.capture_bs})
 
