@@ -6,9 +6,9 @@ width; one that no runner has is an error, as the shapes that the budget may cho
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from itertools import count
 from typing import Any
 
@@ -28,6 +28,7 @@ SIZES = (1, 2, 3, 4, 6, 8, 10, 12, *range(16, 32, 4), *range(32, 64, 8), *range(
 FEW_TOKENS = 64
 TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of them, and every pass of more than so many tokens
 MANY_TOKENS = 256
+_frozen = ContextVar("frozen", default=False)  # whether a runner captures within another's freezing
 SLOWER = 1.1  # than a pass of more tokens: less than that may be chance, others being at work on the GPU
 
 
@@ -71,13 +72,22 @@ def keep_sizes(original: Callable[..., tuple[list[int], list[int]]], runner: Any
     return [*captured, *beyond], compiled
 
 
+@contextmanager
 def freeze_once(
     original: Callable[[bool], AbstractContextManager[None]], enable_cudagraph_gc: bool
-) -> AbstractContextManager[None]:
+) -> Iterator[None]:
     """Around SGLang's freezing of what is there while a runner captures, which collects garbage before and behind it,
     half a second each time: nothing is left to do within another's.
     """
-    return nullcontext() if gc.get_freeze_count() else original(enable_cudagraph_gc)
+    if _frozen.get():
+        yield
+        return
+    within = _frozen.set(True)
+    try:
+        with original(enable_cudagraph_gc):
+            yield
+    finally:
+        _frozen.reset(within)
 
 
 def capture_passes(capture: Callable[[Any], None], runner: Any) -> None:
