@@ -147,10 +147,11 @@ def test_garbage_is_collected_once_for_the_runners_of_all_widths(
                 assert gc.get_freeze_count() > 0
             self.capture_bs = [1]
 
-    for name, what in {"DecodeCudaGraphRunner": Runner, "freeze_gc": freeze, "parts_of": lambda _: [joins_not]}.items():
-        monkeypatch.setattr(graphs, name, what)
-    joins_not = SimpleNamespace(windows_join=False, make_room=lambda _: None)
+    monkeypatch.setattr(graphs, "DecodeCudaGraphRunner", Runner)
+    monkeypatch.setattr(graphs, "freeze_gc", freeze)
+    monkeypatch.setattr(graphs, "parts_of", lambda backend: [backend])
     verify = runner(256)
+    verify.attn_backend.make_room = lambda most: None
     graphs.set_widths(verify, options().verify_widths())
     graphs.WindowGraphs(verify)
     assert len(collections) == (2 if once else 2 + 2 * len(LADDER)) and gc.get_freeze_count() == 0

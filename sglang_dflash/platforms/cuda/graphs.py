@@ -28,8 +28,8 @@ SIZES = (1, 2, 3, 4, 6, 8, 10, 12, *range(16, 32, 4), *range(32, 64, 8), *range(
 FEW_TOKENS = 64
 TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of them, and every pass of more than so many tokens
 MANY_TOKENS = 256
-_frozen = ContextVar("frozen", default=False)  # whether a runner captures within another's freezing
 SLOWER = 1.1  # than a pass of more tokens: less than that may be chance, others being at work on the GPU
+_frozen = ContextVar("frozen", default=False)  # whether a runner captures within another's freezing
 
 
 def set_widths(runner: Any, widths: dict[int, int]) -> None:
@@ -142,7 +142,7 @@ class WindowGraphs:
         for backend in parts_of(model_runner.attn_backend):
             backend.make_room({width: max(batches) for width, batches in sizes.items()})
         self._runners: dict[int, DecodeCudaGraphRunner] = {}
-        with freeze_gc(graph.enable_cudagraph_gc):  # once, for the runners of all widths
+        with freeze_gc(graph.enable_cudagraph_gc):  # by way of freeze_once, as each runner's own is
             for width, batches in sizes.items():
                 config = with_phase(graph.cuda_graph_config, Phase.DECODE, bs=batches, max_bs=max(batches))
                 with graph.override(cuda_graph_config=config):
