@@ -102,17 +102,14 @@ def _settle_arguments(original: Callable[[Any], None], server_args: Any) -> None
 
 @functools.cache  # a hook is registered once
 def take_over_requests() -> None:
-    """Accept rates told by path, samples of one request with seeds of their own, and streams that keep up."""
-    from sglang_dflash import metrics, streaming
+    """Accept rates told by path, and samples of one request with seeds of their own."""
+    from sglang_dflash import metrics
     from sglang_dflash.step import seeds
 
     managers = "sglang.srt.managers"
     manager = f"{managers}.tokenizer_manager.TokenizerManager"
     HookRegistry.register(f"{manager}._calculate_spec_decoding_metrics", metrics.by_path, HookType.AROUND)
     HookRegistry.register(f"{manager}._send_one_request", seeds.seed_each_sample, HookType.AROUND)
-    receiver = streaming.Receiver()
-    HookRegistry.register(f"{managers}.tokenizer_manager.async_sock_recv", receiver.receive, HookType.AROUND)
-    HookRegistry.register(f"{manager}._handle_batch_output", receiver.take_in, HookType.AROUND)
     write = f"{managers}.multi_tokenizer_mixin.write_data_for_multi_tokenizer"
     HookRegistry.register(write, _tell_tokenizer_workers, HookType.BEFORE)
     HookRegistry.apply_hooks()
@@ -174,7 +171,7 @@ def _take_over() -> None:
         f"{managers}.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats":
             metrics.by_path_when_told,
         f"{managers}.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output":
-            streaming.begun_and_ended_first,
+            streaming.Teller().tell,
         "sglang.srt.model_executor.runner.eager_runner.get_eager_max_batch_size": eager_windows,
         "sglang.srt.layers.sampler.Sampler._sample_from_probs": sampling.sample_from_probs,
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch": seeds.give_seeds,
@@ -191,6 +188,7 @@ def _take_over() -> None:
         around[f"{runners}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture"] = graphs.capture_passes
         around[f"{runners}.decode_cuda_graph_runner.get_batch_sizes_to_capture"] = graphs.keep_sizes
         around[f"{runners}.base_cuda_graph_runner.freeze_gc"] = graphs.freeze_once
+        around["sglang.kernels.ops.memory.small_copy.try_small_copy"] = graphs.leave_to_torch
     for target, hook in around.items():
         HookRegistry.register(target, hook, HookType.AROUND)
     assign = "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func"

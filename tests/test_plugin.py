@@ -110,8 +110,6 @@ def test_accept_rates_of_tokenizer_workers_are_over_the_positions_of_a_path_too(
     """They are processes without plug-ins (--tokenizer-worker-num), and read what the first one has written."""
     plugin.take_over_requests.__wrapped__()
     assert f"{multi_tokenizer_mixin.__name__}.write_data_for_multi_tokenizer" in registry
-    manager = "sglang.srt.managers.tokenizer_manager"
-    assert {f"{manager}.async_sock_recv", f"{manager}.TokenizerManager._handle_batch_output"} <= {*registry}
     given, _ = plugin._tell_tokenizer_workers("ports", "arguments", {"max_req_input_len": 500})
     assert run(TOKENIZER_WORKER, pickle.dumps(given).hex()) == "dict 500 60"  # ten steps of six positions
 

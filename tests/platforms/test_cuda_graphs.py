@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.model_executor import cuda_graph_buffer_registry
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, Phase, with_phase
 from sglang.srt.model_executor.runner import base_cuda_graph_runner, get_batch_sizes_to_capture
+from sglang.srt.model_executor.runner_utils import buffers
 from sglang.srt.runtime_context import get_context, get_server_args
 
 from sglang_dflash.budget import Shape
@@ -155,6 +157,38 @@ def test_garbage_is_collected_once_for_the_runners_of_all_widths(
     graphs.set_widths(verify, options().verify_widths())
     graphs.WindowGraphs(verify)
     assert len(collections) == (2 if once else 2 + 2 * len(LADDER)) and gc.get_freeze_count() == 0
+
+
+class OnAGpu(torch.Tensor):
+    """As far as SGLang asks a tensor itself."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_passes_read_is_copied_by_nothing_that_is_compiled_anew(
+    monkeypatch: pytest.MonkeyPatch, ours: bool
+) -> None:
+    def launch(destinations: Any, sources: Any) -> bool:
+        raise RuntimeError("launched")
+
+    sglangs = functools.partial(graphs.leave_to_torch, launch) if ours else launch
+    monkeypatch.setattr("sglang.kernels.ops.memory.small_copy.try_small_copy", sglangs)
+    sources = [torch.arange(6).view(2, 3), torch.arange(3, dtype=torch.int32), torch.arange(5).int()]
+    dtypes = torch.int64, torch.int32, torch.int64
+    destinations = [torch.zeros(x.shape, dtype=dtype) for x, dtype in zip(sources, dtypes, strict=True)]
+    copies = [
+        functools.partial(copy, [x.as_subclass(OnAGpu) for x in destinations], sources)
+        for copy in (cuda_graph_buffer_registry._grouped_foreach_copy_, buffers._grouped_foreach_copy_)
+    ]
+    for copy in copies:
+        if ours:
+            copy()
+            assert all(map(torch.equal, destinations, [*sources[:2], sources[2].long()]))
+            torch._foreach_zero_(destinations)
+        else:
+            with pytest.raises(RuntimeError, match="launched"):
+                copy()
 
 
 def test_a_pass_without_a_graph_of_its_width_is_an_error() -> None:

@@ -90,6 +90,13 @@ def freeze_once(
         _frozen.reset(within)
 
 
+def leave_to_torch(original: Callable[..., bool], destinations: Any, sources: Any) -> bool:
+    """Around SGLang's copying of what a pass reads by a Triton kernel, whose callers ask torch where it says no. It is
+    compiled anew by how tensors happen to lie in memory: some eight times on a machine, 0.15 s in which all wait.
+    """
+    return False
+
+
 def capture_passes(capture: Callable[[Any], None], runner: Any) -> None:
     """Around SGLang's capture of a runner's CUDA graphs: where a window pass has two ways, graphs of both. A runner's
     first pass is run twice before it is captured, as SGLang's are, every other one once: most of a start goes there.
