@@ -92,7 +92,7 @@ def freeze_once(
 
 def leave_to_torch(original: Callable[..., bool], destinations: Any, sources: Any) -> bool:
     """Around SGLang's copying of what a pass reads by a Triton kernel, whose callers ask torch where it says no. It is
-    compiled anew by how tensors happen to lie in memory: some eight times on a machine, 0.15 s in which all wait.
+    compiled anew by how tensors happen to lie in memory: 0.15 to 0.3 s in which all requests wait.
     """
     return False
 
