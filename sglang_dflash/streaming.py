@@ -22,27 +22,27 @@ class Teller:
     """Whom a step's results are told."""
 
     def __init__(self) -> None:
-        self._before = 0.0
+        self._before = 0.0  # when turns were given last, in seconds
 
     def tell(self, original: Callable[..., None], streamer: Any, reqs: Sequence[Any], *args: Any, **how: Any) -> None:
         """Around the scheduler's telling of a batch's requests: clients are told in the order in which these are."""
+        told: list[Any] = []
         midst: list[Any] = []
-        others: list[Any] = []
         for req in reqs:
             streams = req.stream and req.sampling_params.stream_interval is None
-            (midst if streams and req.send_token_offset and not req.finished() else others).append(req)
+            (midst if streams and req.send_token_offset and not req.finished() else told).append(req)
         if midst:
-            others += self._whose_turn_it_is(midst, time.monotonic())
-        original(streamer, others, *args, **how)
+            told += self._whose_turn_it_is(midst, time.monotonic())
+        original(streamer, told, *args, **how)
 
     def _whose_turn_it_is(self, midst: Sequence[Any], now: float) -> list[Any]:
         """Each has one in the time that so many pieces may take, and when in it goes by its name: not all at once."""
-        a_second = A_SECOND / len(midst)
-        before, after = self._before * a_second, now * a_second
+        turns_a_second = A_SECOND / len(midst)
+        before, after = self._before * turns_a_second, now * turns_a_second
         self._before = now
         return [req for req in midst if _turns(req, after) > _turns(req, before)]
 
 
-def _turns(req: Any, periods: float) -> int:
-    """How many a request has had in so many periods."""
-    return int(periods + hash(req.rid) % 1024 / 1024)
+def _turns(req: Any, of_each: float) -> int:
+    """How many turns a request has had where each has had so many, give or take one."""
+    return int(of_each + hash(req.rid) % 1024 / 1024)
