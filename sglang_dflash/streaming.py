@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from zlib import crc32
 
 A_SECOND = 5000  # pieces of answers in their midst, at most
 
@@ -45,4 +46,4 @@ class Teller:
 
 def _turns(req: Any, of_each: float) -> int:
     """How many turns a request has had where each has had so many, give or take one."""
-    return int(of_each + hash(req.rid) % 1024 / 1024)
+    return int(of_each + crc32(req.rid.encode()) / 2**32)
