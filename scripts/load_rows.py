@@ -30,7 +30,7 @@ NAMES = {
     "wider": "ours, no trees of one node", "late": "ours, each step bound as late as the GPU lets",
     "every": "ours, slow sizes of passes kept", "shared": "ours, nodes shared across the batch",
     "early": "ours, nodes shared, clients told of every 16 pieces", "midst": "ours, told in SGLang's order",
-    "turns": "ours, 64 answers in their midst told a step", "half": "ours, 128 told a step", "all": "ours, all told",
+    "all": "ours, clients told of all at each step",
 }  # fmt: skip
 CHOSEN = re.compile(r'^sglang:dflash_shape_steps_total\{.*nodes="(\d+)".*\} (\S+)$', re.MULTILINE)
 TAKEN = re.compile(r'^sglang:dflash_step_seconds_total\{.*part="(\w+)".*\} (\S+)$', re.MULTILINE)
